@@ -1,0 +1,300 @@
+//! The operations of a transformer layer, behind one interface for every kind of device.
+
+use crate::format::Format;
+
+/// Positions in one block of the KV cache.
+pub const BLOCK_TOKENS: usize = 16;
+
+/// What can go wrong that is not the caller's mistake.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A tensor's bytes do not fit its shape.
+    #[error("wrong tensor size: {0}")]
+    Shape(String),
+    /// This format or operation exists nowhere here.
+    #[error("not supported: {0}")]
+    Unsupported(String),
+    /// The device's memory is used up.
+    #[error(
+        "out of memory: {bytes} bytes for {what}; use a smaller context, more ranks or a smaller model"
+    )]
+    Memory { bytes: usize, what: &'static str },
+}
+
+/// A matrix as it lies in a file: `rows` of `cols` weights. A shard of the columns of a stored matrix is the same bytes
+/// with a `first_byte` and the whole matrix's `row_stride_bytes`, so that it is packed straight from the memory map.
+#[derive(Clone, Copy, Debug)]
+pub struct WeightRows<'a> {
+    pub format: Format,
+    pub rows: usize,
+    pub cols: usize,
+    /// The stored bytes, from the first row on.
+    pub data: &'a [u8],
+    /// Where in `data` row 0 begins.
+    pub first_byte: usize,
+    /// From one row's beginning to the next's.
+    pub row_stride_bytes: usize,
+}
+
+impl<'a> WeightRows<'a> {
+    /// A whole matrix whose rows follow one another.
+    pub fn new(format: Format, rows: usize, cols: usize, data: &'a [u8]) -> Self {
+        Self {
+            format,
+            rows,
+            cols,
+            data,
+            first_byte: 0,
+            row_stride_bytes: format.row_bytes(cols),
+        }
+    }
+
+    /// The columns `columns` of this matrix.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when the range does not lie within the matrix or cuts a quantisation block.
+    pub fn columns(self, columns: std::ops::Range<usize>) -> Result<Self, Error> {
+        let block = self.format.block_len();
+        if columns.start > columns.end
+            || columns.end > self.cols
+            || !columns.start.is_multiple_of(block)
+            || !columns.end.is_multiple_of(block)
+        {
+            return Err(Error::Shape(format!(
+                "columns {columns:?} of {} {:?} columns; a shard's edge must be a multiple of {block}",
+                self.cols, self.format
+            )));
+        }
+        Ok(Self {
+            cols: columns.end - columns.start,
+            first_byte: self.first_byte + self.format.row_bytes(columns.start),
+            ..self
+        })
+    }
+
+    /// The rows `rows` of this matrix.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when the range does not lie within the matrix.
+    pub fn row_range(self, rows: std::ops::Range<usize>) -> Result<Self, Error> {
+        if rows.start > rows.end || rows.end > self.rows {
+            return Err(Error::Shape(format!("rows {rows:?} of {} rows", self.rows)));
+        }
+        Ok(Self {
+            rows: rows.end - rows.start,
+            first_byte: self.first_byte + rows.start * self.row_stride_bytes,
+            ..self
+        })
+    }
+
+    /// Whether every row lies within `data` and the width fits the format.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] otherwise.
+    pub fn check(&self) -> Result<(), Error> {
+        let row_bytes = self.format.row_bytes(self.cols);
+        let end = self
+            .rows
+            .saturating_sub(1)
+            .checked_mul(self.row_stride_bytes)
+            .and_then(|b| b.checked_add(self.first_byte))
+            .and_then(|b| b.checked_add(if self.rows == 0 { 0 } else { row_bytes }));
+        if !self.cols.is_multiple_of(self.format.block_len())
+            || end.is_none_or(|end| end > self.data.len())
+        {
+            return Err(Error::Shape(format!(
+                "{} rows of {} {:?} weights ({row_bytes} bytes a row, {} from one to the next, from byte {}), got {} bytes",
+                self.rows,
+                self.cols,
+                self.format,
+                self.row_stride_bytes,
+                self.first_byte,
+                self.data.len()
+            )));
+        }
+        Ok(())
+    }
+
+    /// The bytes of row `row`; the matrix was [checked](Self::check).
+    pub fn row(&self, row: usize) -> &'a [u8] {
+        let start = self.first_byte + row * self.row_stride_bytes;
+        &self.data[start..start + self.format.row_bytes(self.cols)]
+    }
+}
+
+/// Llama 3's stretching of the rope frequencies for contexts longer than the first training's.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Llama3Scaling {
+    pub factor: f32,
+    pub low_freq_factor: f32,
+    pub high_freq_factor: f32,
+    /// `original_max_position_embeddings`, in positions.
+    pub original_max_position: u32,
+}
+
+/// Rotary position embedding of one head.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rope {
+    pub head_dim: usize,
+    /// Radians a position, one a pair: `head_dim / 2` of them.
+    pub inv_freq: Vec<f32>,
+    /// Pairs are neighbours (GGUF's Llama, whose q and k rows are permuted for it); otherwise `i` pairs with
+    /// `i + head_dim / 2` (safetensors as Hugging Face writes them).
+    pub interleaved: bool,
+}
+
+impl Rope {
+    /// Llama's frequencies, `theta^(-2i / head_dim)`, with Llama 3's scaling where the model has one; pairs in halves.
+    pub fn llama(theta: f32, head_dim: usize, scaling: Option<Llama3Scaling>) -> Rope {
+        let inv_freq = (0..head_dim / 2).map(|i| {
+            let exponent = (2 * i) as f32 / head_dim as f32;
+            let frequency = 1.0 / f64::from(theta).powf(f64::from(exponent));
+            scaling.map_or(frequency, |s| s.apply(frequency)) as f32
+        });
+        Rope {
+            head_dim,
+            inv_freq: inv_freq.collect(),
+            interleaved: false,
+        }
+    }
+
+    /// The same with pairs as neighbours.
+    pub fn interleaved(self) -> Rope {
+        Rope {
+            interleaved: true,
+            ..self
+        }
+    }
+
+    /// The same with each frequency divided by its factor, as GGUF's tensor `rope_freqs.weight` gives them.
+    pub fn divided_by(mut self, factors: &[f32]) -> Rope {
+        for (frequency, factor) in self.inv_freq.iter_mut().zip(factors) {
+            *frequency /= factor;
+        }
+        self
+    }
+}
+
+impl Llama3Scaling {
+    /// Long wavelengths are stretched by `factor`, short ones kept, those between blended (Llama 3.1's `apply_scaling`).
+    fn apply(self, frequency: f64) -> f64 {
+        let wavelength = 2.0 * std::f64::consts::PI / frequency;
+        let original = f64::from(self.original_max_position);
+        let (low, high) = (
+            f64::from(self.low_freq_factor),
+            f64::from(self.high_freq_factor),
+        );
+        if wavelength < original / high {
+            frequency
+        } else if wavelength > original / low {
+            frequency / f64::from(self.factor)
+        } else {
+            let smooth = (original / wavelength - low) / (high - low);
+            (1.0 - smooth) * frequency / f64::from(self.factor) + smooth * frequency
+        }
+    }
+}
+
+/// The rows of one sequence within a step's batch.
+#[derive(Clone, Copy, Debug)]
+pub struct SeqSpan<'a> {
+    pub first_row: usize,
+    pub rows: usize,
+    /// Positions of this sequence that lie in the KV cache before this span's first row.
+    pub context: usize,
+    /// The sequence's KV blocks in order; at least `(context + rows) / BLOCK_TOKENS`, rounded up.
+    pub blocks: &'a [u32],
+}
+
+/// A device and its operations. Activations are f32, row-major `[rows, width]`.
+///
+/// Shapes are the caller's promise: an implementation asserts them. A row's result depends neither on the other rows of
+/// the call nor on the number of threads, bit for bit.
+pub trait Device: Send + Sync + 'static {
+    /// Activations in device memory.
+    type Buf: Send;
+    /// A packed weight matrix.
+    type Matrix: Send + Sync;
+    /// A paged KV cache of all layers.
+    type Kv: Send;
+
+    /// Repacks stored weights for this device.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when the bytes do not fit the shape, [`Error::Memory`].
+    fn pack(&self, w: WeightRows<'_>) -> Result<Self::Matrix, Error>;
+    /// Bytes that the packed matrix takes on the device.
+    fn matrix_bytes(&self, m: &Self::Matrix) -> usize;
+    /// `(rows, cols)` of a packed matrix.
+    fn matrix_shape(&self, m: &Self::Matrix) -> (usize, usize);
+
+    /// `len` zeros.
+    ///
+    /// # Errors
+    /// [`Error::Memory`].
+    fn alloc(&self, len: usize) -> Result<Self::Buf, Error>;
+    /// Host → device, to `dst[offset..]`.
+    fn upload(&self, src: &[f32], dst: &mut Self::Buf, offset: usize);
+    /// Device → host, from `src[offset..]`.
+    fn download(&self, src: &Self::Buf, offset: usize, dst: &mut [f32]);
+    /// The buffer itself where it is host memory.
+    fn host<'a>(&self, b: &'a Self::Buf) -> Option<&'a [f32]>;
+    /// The buffer itself where it is host memory.
+    fn host_mut<'a>(&self, b: &'a mut Self::Buf) -> Option<&'a mut [f32]>;
+
+    /// `out[i][rows, w[i].rows] = x[rows, cols] · w[i]ᵀ` for matrices of the same width that share `x` (q, k and v; gate and
+    /// up). Quantised weights meet activations of 8 bits with a scale per 32; F32, F16 and BF16 ones are computed in f32. A
+    /// value that is not finite makes its row's results NaN.
+    fn matmul(&self, w: &[&Self::Matrix], x: &Self::Buf, rows: usize, out: &mut [&mut Self::Buf]);
+    /// `out[first_row + i] = table[ids[i]]`; an id outside the table (another rank's part of the vocabulary) gives zeros.
+    fn embed(&self, table: &Self::Matrix, ids: &[u32], out: &mut Self::Buf, first_row: usize);
+    /// `out = x / sqrt(mean(x²) + eps) * weight`, row by row; the width is `weight`'s length.
+    fn rms_norm(
+        &self,
+        x: &Self::Buf,
+        weight: &Self::Buf,
+        rows: usize,
+        eps: f32,
+        out: &mut Self::Buf,
+    );
+    /// `x[..len] += y[..len]`.
+    fn add(&self, x: &mut Self::Buf, y: &Self::Buf, len: usize);
+    /// `gate[..len] = silu(gate) * up`.
+    fn silu_gate(&self, gate: &mut Self::Buf, up: &Self::Buf, len: usize);
+    /// Rotates `x[rows, heads, head_dim]` in place by each row's position.
+    fn rope(&self, x: &mut Self::Buf, rows: usize, heads: usize, positions: &[u32], rope: &Rope);
+
+    /// An empty cache of `blocks` blocks of [`BLOCK_TOKENS`] positions in each layer, f16.
+    ///
+    /// # Errors
+    /// [`Error::Memory`].
+    fn kv_alloc(
+        &self,
+        layers: usize,
+        kv_heads: usize,
+        head_dim: usize,
+        blocks: usize,
+    ) -> Result<Self::Kv, Error>;
+    /// Bytes of the cache.
+    fn kv_bytes(&self, kv: &Self::Kv) -> usize;
+    /// Stores rows of `k` and `v`, `[slots.len(), kv_heads, head_dim]`; a slot is `block * BLOCK_TOKENS + offset`.
+    fn kv_write(
+        &self,
+        kv: &mut Self::Kv,
+        layer: usize,
+        k: &Self::Buf,
+        v: &Self::Buf,
+        slots: &[u32],
+    );
+    /// Causal attention of `q[rows, heads, head_dim]` over the cache into `out` of the same shape. `heads` is a multiple of the
+    /// cache's heads: query head `h` reads KV head `h / (heads / kv_heads)`. Scores are scaled by `1/sqrt(head_dim)`.
+    fn attention(
+        &self,
+        q: &Self::Buf,
+        kv: &Self::Kv,
+        layer: usize,
+        heads: usize,
+        seqs: &[SeqSpan<'_>],
+        out: &mut Self::Buf,
+    );
+}

@@ -1,0 +1,143 @@
+//! What this machine can do at most, in the units in which a kernel's speed is reported.
+//!
+//! Each takes some tenths of a second; run it at start-up, not beside work that is being timed.
+
+use std::hint::black_box;
+use std::sync::Barrier;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Instant;
+
+use crate::cpu::simd::{Job, Simd, dispatch};
+use crate::isa::Isa;
+
+/// Bytes that all threads together stream through: more than any cache of today's servers holds per core used.
+const STREAM_BYTES: usize = 256 << 20;
+/// Times each measurement is taken; the best counts, since the machine may be busy otherwise.
+const ROUNDS: usize = 3;
+
+/// Bytes a second that `threads` threads read together from memory.
+pub fn read_bandwidth(threads: usize) -> f64 {
+    let threads = threads.max(1);
+    let isa = Isa::detect();
+    let words = STREAM_BYTES / 4 / threads / 64 * 64;
+    let seconds = slowest(
+        threads,
+        || vec![1.0f32; words],
+        |part| {
+            // SAFETY: `detect` gives an available instruction set; the slice is valid.
+            black_box(unsafe { dispatch(isa, Sum(part)) });
+        },
+    );
+    (words * 4 * threads) as f64 / seconds
+}
+
+/// Operations a second (a multiply and an add counted as two) of 8-bit products with 32-bit sums, all operands in registers.
+pub fn int8_peak(threads: usize) -> f64 {
+    let threads = threads.max(1);
+    let isa = Isa::detect();
+    let operations = AtomicU64::new(0);
+    let seconds = slowest(
+        threads,
+        || (),
+        |()| {
+            // SAFETY: `detect` gives an available instruction set.
+            let done = unsafe { dispatch(isa, Dots) };
+            operations.store(done as u64, Relaxed);
+        },
+    );
+    (operations.into_inner() as usize * threads) as f64 / seconds
+}
+
+/// The best round's seconds until the last of `threads` threads has done `work` on what `make` gave it.
+fn slowest<T: Send>(threads: usize, make: impl Fn() -> T + Sync, work: impl Fn(&T) + Sync) -> f64 {
+    let barrier = Barrier::new(threads);
+    let thread = || {
+        let part = make();
+        let mut seconds = [0.0; ROUNDS];
+        for seconds in &mut seconds {
+            barrier.wait();
+            let start = Instant::now();
+            work(&part);
+            *seconds = start.elapsed().as_secs_f64();
+        }
+        seconds
+    };
+    let all: Vec<[f64; ROUNDS]> = std::thread::scope(|scope| {
+        let handles: Vec<_> = (0..threads).map(|_| scope.spawn(thread)).collect();
+        handles
+            .into_iter()
+            .filter_map(|handle| handle.join().ok())
+            .collect()
+    });
+    let round = |i: usize| all.iter().map(|seconds| seconds[i]).fold(1e-9, f64::max);
+    (0..ROUNDS).map(round).fold(f64::INFINITY, f64::min)
+}
+
+struct Sum<'a>(&'a [f32]);
+
+impl Job for Sum<'_> {
+    type Out = f32;
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) -> f32 {
+        // SAFETY: 64 floats a chunk are whole vectors.
+        unsafe {
+            let mut sums = [S::splat(0.0); 4];
+            for chunk in self.0.chunks_exact(64) {
+                for i in (0..64).step_by(S::LANES) {
+                    let sum = &mut sums[i / S::LANES % 4];
+                    *sum = S::add(*sum, S::load(chunk.as_ptr().add(i)));
+                }
+            }
+            S::sum(S::add(S::add(sums[0], sums[1]), S::add(sums[2], sums[3])))
+        }
+    }
+}
+
+/// Vectors of weights and, at most, of activations: their products are independent sums, enough to hide a latency.
+const WEIGHTS: usize = 3;
+const ACTIVATIONS: usize = 4;
+const DOT_LOOPS: usize = 4 << 20;
+
+/// Products a loop, as many as there are registers for.
+const fn chains(wide: bool) -> usize {
+    WEIGHTS * if wide { ACTIVATIONS } else { ACTIVATIONS / 2 }
+}
+
+struct Dots;
+
+impl Job for Dots {
+    /// Operations done.
+    type Out = f64;
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) -> f64 {
+        let bytes = black_box([1u8; 64 * ACTIVATIONS]);
+        // SAFETY: 64 bytes are a whole vector.
+        unsafe {
+            let w = [
+                S::splat_byte(black_box(1)),
+                S::splat_byte(black_box(2)),
+                S::splat_byte(black_box(3)),
+            ];
+            let mut sums = [[S::splat_int(0); WEIGHTS]; ACTIVATIONS];
+            for _ in 0..DOT_LOOPS {
+                // Read again each time, or the products would be computed once.
+                let x = black_box(bytes.as_ptr());
+                for (i, sums) in sums[..chains(S::WIDE_TILE) / WEIGHTS]
+                    .iter_mut()
+                    .enumerate()
+                {
+                    let x = S::load_bytes(x.add(64 * i));
+                    for (sum, &w) in sums.iter_mut().zip(&w) {
+                        *sum = S::dot(*sum, w, x);
+                    }
+                }
+            }
+            let mut total = 0.0;
+            for sum in sums.as_flattened() {
+                total += S::sum(S::int_to_float(S::widen(*sum)));
+            }
+            black_box(total);
+            (DOT_LOOPS * chains(S::WIDE_TILE) * S::LANES * 4 * 2) as f64
+        }
+    }
+}

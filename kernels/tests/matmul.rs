@@ -1,0 +1,356 @@
+//! Matrix products on every instruction set of this machine, against sums in f64.
+
+mod material;
+
+use kernels::{Cpu, Device, Error, Format, Isa, WeightRows};
+use material::*;
+
+/// Widths that are one block, an odd number of blocks, SmolLM2's, and K-quants' smallest.
+fn widths(format: Format) -> Vec<usize> {
+    match format.block_len() {
+        1 => vec![1, 31, 64, 75, 576],
+        32 => vec![32, 96, 576],
+        _ => vec![256, 768],
+    }
+}
+
+fn multiply(cpu: &Cpu, w: WeightRows<'_>, x: &[f32], rows: usize) -> Vec<f32> {
+    let packed = cpu.pack(w).unwrap();
+    let mut out = vec![0.0; rows * w.rows];
+    cpu.matmul(&[&packed], &x.to_vec(), rows, &mut [&mut out]);
+    out
+}
+
+fn seen(format: Format, x: &[f32]) -> Vec<f64> {
+    if format.is_quantised() {
+        rounded(x)
+    } else {
+        x.iter().map(|&x| f64::from(x)).collect()
+    }
+}
+
+#[test]
+fn every_isa_and_format_agrees_with_sums_in_f64() {
+    let mut random = Random(1);
+    for isa in Isa::available() {
+        let cpu = Cpu::new(2, isa);
+        for format in Format::ALL {
+            for cols in widths(format) {
+                for scales in Scales::ALL {
+                    let (heights, rows) = (
+                        [1, 9, 16, 33][random.below(4)],
+                        [1, 2, 3, 5, 8, 15][random.below(6)],
+                    );
+                    let w = Stored::random(format, heights, cols, scales, &mut random);
+                    let x = random.activations(rows * cols);
+                    let out = multiply(&cpu, w.view(), &x, rows);
+                    for (r, out) in out.chunks_exact(heights).enumerate() {
+                        let exact = w.times(&seen(format, &x[r * cols..(r + 1) * cols]));
+                        for (n, (&got, exact)) in out.iter().zip(exact).enumerate() {
+                            let what = format!(
+                                "{isa} {format:?} {scales:?} {heights}x{cols}, row {r} of {rows}, {n}"
+                            );
+                            assert_near(got, exact, 4e-6, &what);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn codes_and_activations_at_their_limits_do_not_overflow() {
+    for isa in Isa::available() {
+        let cpu = Cpu::new(1, isa);
+        for format in Format::ALL.into_iter().filter(|f| f.is_quantised()) {
+            for byte in [0x00, 0xff, 0x80, 0x7f] {
+                for sign in [1.0f32, -1.0] {
+                    let cols = 256;
+                    let mut data = vec![byte; 16 * format.row_bytes(cols)];
+                    for block in data.chunks_exact_mut(format.block_bytes()) {
+                        for &at in scale_offsets(format) {
+                            block[at..at + 2].copy_from_slice(&half::f16::ONE.to_le_bytes());
+                        }
+                    }
+                    let w = Stored {
+                        format,
+                        rows: 16,
+                        cols,
+                        data,
+                    };
+                    let x = vec![sign * 3.0; cols];
+                    for (got, exact) in multiply(&cpu, w.view(), &x, 1)
+                        .into_iter()
+                        .zip(w.times(&rounded(&x)))
+                    {
+                        assert_near(
+                            got,
+                            exact,
+                            4e-6,
+                            &format!("{isa} {format:?} {byte:#x} {sign}"),
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_is_the_same_in_any_company_and_on_any_number_of_threads() {
+    let mut random = Random(2);
+    for isa in Isa::available() {
+        let (one, three) = (Cpu::new(1, isa), Cpu::new(3, isa));
+        for format in Format::ALL {
+            // Large enough that the work is cut into several tasks.
+            let (rows, heights, cols) = (19, 200, 512);
+            let w = Stored::random(format, heights, cols, Scales::Usual, &mut random);
+            let x = random.activations(rows * cols);
+            let all = multiply(&three, w.view(), &x, rows);
+            assert_eq!(all, multiply(&one, w.view(), &x, rows), "{isa} {format:?}");
+            for count in [1, 2, 7, 16] {
+                for first in (0..rows - count).step_by(5) {
+                    let some = multiply(
+                        &one,
+                        w.view(),
+                        &x[first * cols..(first + count) * cols],
+                        count,
+                    );
+                    assert_eq!(
+                        all[first * heights..(first + count) * heights],
+                        some,
+                        "{isa} {format:?}, {count} rows"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn several_matrices_at_once_give_what_each_gives_alone() {
+    let mut random = Random(3);
+    for isa in Isa::available() {
+        let cpu = Cpu::new(2, isa);
+        let (rows, cols) = (3, 512);
+        let stored: Vec<Stored> = [
+            (Format::Q4_K, 40),
+            (Format::Q6_K, 9),
+            (Format::F16, 17),
+            (Format::Q8_0, 300),
+        ]
+        .into_iter()
+        .map(|(format, heights)| Stored::random(format, heights, cols, Scales::Usual, &mut random))
+        .collect();
+        let x = random.activations(rows * cols);
+        let packed: Vec<_> = stored.iter().map(|w| cpu.pack(w.view()).unwrap()).collect();
+        let mut out: Vec<Vec<f32>> = stored.iter().map(|w| vec![0.0; rows * w.rows]).collect();
+        cpu.matmul(
+            &packed.iter().collect::<Vec<_>>(),
+            &x,
+            rows,
+            &mut out.iter_mut().collect::<Vec<_>>(),
+        );
+        for (w, out) in stored.iter().zip(out) {
+            assert_eq!(
+                out,
+                multiply(&cpu, w.view(), &x, rows),
+                "{isa} {:?}",
+                w.format
+            );
+        }
+    }
+}
+
+#[test]
+fn a_shard_of_columns_or_rows_is_packed_from_the_whole() {
+    let mut random = Random(4);
+    for isa in Isa::available() {
+        let cpu = Cpu::new(1, isa);
+        for format in Format::ALL {
+            let (heights, cols, edge) = (21, 1536, 512);
+            let w = Stored::random(format, heights, cols, Scales::Usual, &mut random);
+            let x = random.activations(cols);
+            let whole = multiply(&cpu, w.view(), &x, 1);
+            let left = multiply(&cpu, w.view().columns(0..edge).unwrap(), &x[..edge], 1);
+            let right = multiply(&cpu, w.view().columns(edge..cols).unwrap(), &x[edge..], 1);
+            let sizes = w.times(&seen(format, &x));
+            for n in 0..heights {
+                assert_near(
+                    left[n] + right[n],
+                    (f64::from(whole[n]), sizes[n].1),
+                    4e-6,
+                    &format!("{isa} {format:?}"),
+                );
+            }
+            let some = multiply(&cpu, w.view().row_range(5..18).unwrap(), &x, 1);
+            assert_eq!(some, whole[5..18], "{isa} {format:?}");
+        }
+    }
+}
+
+#[test]
+fn a_value_that_is_not_finite_shows_in_its_row_and_in_no_other() {
+    let mut random = Random(5);
+    for isa in Isa::available() {
+        let cpu = Cpu::new(2, isa);
+        for format in Format::ALL {
+            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                let (rows, cols) = (6, 256);
+                let w = Stored::random(format, 16, cols, Scales::Usual, &mut random);
+                let mut x = random.activations(rows * cols);
+                let clean = multiply(&cpu, w.view(), &x, rows);
+                x[3 * cols + random.below(cols)] = bad;
+                let out = multiply(&cpu, w.view(), &x, rows);
+                for (i, (out, clean)) in out.iter().zip(clean).enumerate() {
+                    if i / 16 == 3 {
+                        assert!(!out.is_finite(), "{isa} {format:?} {bad}: {out}");
+                    } else {
+                        assert_eq!(*out, clean, "{isa} {format:?} {bad}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_weight_that_is_nan_shows_in_its_column_and_in_no_other() {
+    for isa in Isa::available() {
+        let cpu = Cpu::new(1, isa);
+        for format in Format::ALL.into_iter().filter(|f| f.is_quantised()) {
+            let mut random = Random(6);
+            let mut w = Stored::random(format, 16, 256, Scales::Usual, &mut random);
+            let at = 7 * format.row_bytes(256) + scale_offsets(format)[0];
+            w.data[at..at + 2].copy_from_slice(&half::f16::NAN.to_le_bytes());
+            let out = multiply(&cpu, w.view(), &random.activations(256), 1);
+            assert!(
+                out.iter().enumerate().all(|(n, x)| x.is_nan() == (n == 7)),
+                "{isa} {format:?} {out:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn tiny_and_huge_activations_keep_their_size() {
+    let mut random = Random(7);
+    for isa in Isa::available() {
+        let cpu = Cpu::new(1, isa);
+        for format in Format::ALL {
+            let w = Stored::random(format, 8, 256, Scales::Usual, &mut random);
+            for size in [1e-41, 1e-36, 1e-30, 1e30] {
+                let x: Vec<f32> = random.floats(256).iter().map(|x| x * size).collect();
+                for (got, exact) in multiply(&cpu, w.view(), &x, 1)
+                    .into_iter()
+                    .zip(w.times(&seen(format, &x)))
+                {
+                    assert_near(got, exact, 4e-6, &format!("{isa} {format:?} {size:e}"));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_packed_row_reads_back_exactly() {
+    let mut random = Random(8);
+    for isa in Isa::available() {
+        let cpu = Cpu::new(2, isa);
+        for format in Format::ALL {
+            for scales in Scales::ALL {
+                let w = Stored::random(format, 37, 256, scales, &mut random);
+                let table = cpu.pack(w.view()).unwrap();
+                let ids = [36, 0, 17, 37, u32::MAX];
+                let mut out = vec![1.0; 256 * (ids.len() + 1)];
+                cpu.embed(&table, &ids, &mut out, 1);
+                assert!(
+                    out[..256].iter().all(|&x| x == 1.0),
+                    "rows before the first are left alone"
+                );
+                for (&id, out) in ids.iter().zip(out[256..].chunks_exact(256)) {
+                    let expected = if id < 37 {
+                        w.row(id as usize)
+                    } else {
+                        vec![0.0; 256]
+                    };
+                    assert_eq!(out, expected, "{isa} {format:?} {scales:?} {id}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_packed_matrix_is_about_as_large_as_stored() {
+    let cpu = Cpu::new(1, Isa::detect());
+    for format in Format::ALL {
+        let w = Stored::random(format, 64, 2048, Scales::Usual, &mut Random(9));
+        let packed = cpu.matrix_bytes(&cpu.pack(w.view()).unwrap());
+        assert!(
+            packed <= w.data.len() * 21 / 20 && packed * 21 / 20 >= w.data.len(),
+            "{format:?}: {packed}"
+        );
+    }
+}
+
+#[test]
+fn bytes_that_do_not_fit_the_shape_are_an_error() {
+    let cpu = Cpu::new(1, Isa::Scalar);
+    for format in Format::ALL {
+        let data = vec![0u8; 4 * format.row_bytes(256)];
+        let fits = WeightRows::new(format, 4, 256, &data);
+        assert!(cpu.pack(fits).is_ok());
+        let misfits = [
+            WeightRows { rows: 5, ..fits },
+            WeightRows {
+                first_byte: 1,
+                ..fits
+            },
+            WeightRows {
+                first_byte: usize::MAX,
+                ..fits
+            },
+            WeightRows {
+                row_stride_bytes: usize::MAX,
+                ..fits
+            },
+            WeightRows {
+                rows: usize::MAX,
+                ..fits
+            },
+            WeightRows {
+                data: &data[..data.len() - 1],
+                ..fits
+            },
+        ];
+        for misfit in misfits {
+            assert!(
+                matches!(cpu.pack(misfit), Err(Error::Shape(_))),
+                "{format:?}"
+            );
+        }
+        if format.is_quantised() {
+            assert!(matches!(
+                cpu.pack(WeightRows { cols: 255, ..fits }),
+                Err(Error::Shape(_))
+            ));
+            assert!(fits.columns(0..16).is_err() && fits.columns(16..256).is_err());
+        }
+        assert!(fits.columns(0..512).is_err() && fits.row_range(2..5).is_err());
+    }
+}
+
+#[test]
+fn empty_matrices_and_batches_are_no_trouble() {
+    let cpu = Cpu::new(2, Isa::detect());
+    let none = cpu.pack(WeightRows::new(Format::Q4_0, 0, 64, &[])).unwrap();
+    cpu.matmul(&[&none], &vec![0.0; 64], 1, &mut [&mut Vec::new()]);
+    let data = vec![0; Format::Q4_0.row_bytes(64)];
+    let one = cpu
+        .pack(WeightRows::new(Format::Q4_0, 1, 64, &data))
+        .unwrap();
+    cpu.matmul(&[&one], &Vec::new(), 0, &mut [&mut Vec::new()]);
+    cpu.matmul(&[], &Vec::new(), 0, &mut []);
+}
