@@ -1,0 +1,298 @@
+//! A coordinator: one replica of the control group, its services, and the work that only the leader does.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rand::RngCore;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::{MissedTickBehavior, interval};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use super::command::{Command, Outcome, Rejection};
+use super::formation::Formation;
+use super::handle::ControlHandle;
+use super::join::Admission;
+use super::keys::random_secret;
+use super::machine::ControlMachine;
+use super::service::{Beats, Services};
+use super::state::{Cluster, ControlState};
+use super::wire::{self, Proposal};
+use crate::Redacted;
+use crate::clock::now_ms;
+use crate::identity::Ca;
+use crate::ids::{CONTROL_GROUP, NodeId, Role};
+use crate::replication::{self, AddressBook, Replica, ReplicaConfig};
+use crate::transport::Transport;
+
+/// The leader looks at heartbeats and groups this often; a quarter of a heartbeat's interval adds little delay.
+const LEADER_TICK: Duration = Duration::from_millis(60);
+/// Expired join tokens are forgotten this often.
+const TOKEN_SWEEP: Duration = Duration::from_secs(60);
+/// Most coordinators that vote: more make every commit slower without surviving more that happens.
+const MAX_VOTERS: usize = 7;
+
+/// How to run a coordinator.
+pub struct CoordinatorConfig {
+    pub node: NodeId,
+    /// Directory of the control group's replica.
+    pub dir: PathBuf,
+    pub cluster_name: String,
+    /// The first coordinators and their addresses, the same on each of them; `None` on one that joins later.
+    pub bootstrap: Option<BTreeMap<NodeId, SocketAddr>>,
+    /// Lets this coordinator take joins.
+    pub ca: Arc<Ca>,
+    /// Wraps the tenants' keys; handed to nodes that join as store or coordinator.
+    pub cluster_key: Redacted<[u8; 32]>,
+}
+
+/// A running coordinator.
+pub struct Coordinator {
+    replica: Replica,
+    states: watch::Receiver<Arc<ControlState>>,
+    stop: CancellationToken,
+    leading: JoinHandle<()>,
+}
+
+impl Coordinator {
+    /// Starts the control replica, offers the services, takes joins, and leads when elected. `control` is this node's
+    /// own handle; it reaches whoever leads.
+    ///
+    /// # Errors
+    /// When the replica's directory is in use, of another version, or unreadable.
+    pub fn start(
+        config: CoordinatorConfig,
+        transport: Transport,
+        control: ControlHandle,
+    ) -> Result<Coordinator, replication::Error> {
+        let machine = Arc::new(ControlMachine::new());
+        let states = machine.states();
+        let addresses: Arc<dyn AddressBook> = Arc::new(Addresses {
+            fixed: config.bootstrap.clone().unwrap_or_default(),
+            states: states.clone(),
+        });
+        let voters = config
+            .bootstrap
+            .as_ref()
+            .map(|b| b.keys().copied().collect());
+        let replica_config = ReplicaConfig::new(CONTROL_GROUP, config.node, config.dir, voters);
+        let replica = Replica::start(
+            replica_config,
+            transport.clone(),
+            addresses.clone(),
+            machine,
+        )?;
+        let beats = Arc::new(Beats::new());
+        let services = Services {
+            replica: replica.clone(),
+            states: states.clone(),
+            addresses,
+            beats: beats.clone(),
+        };
+        services.register(&transport);
+        let cluster = Cluster {
+            name: config.cluster_name,
+            id: hex::encode(config.ca.fingerprint()),
+        };
+        transport.serve_join(Arc::new(Admission::new(
+            config.ca,
+            control,
+            config.cluster_key,
+        )));
+        let stop = CancellationToken::new();
+        let leader = Leader {
+            replica: replica.clone(),
+            states: states.clone(),
+            beats,
+            cluster,
+            transport,
+        };
+        let leading = tokio::spawn(leader.run(stop.clone()));
+        Ok(Coordinator {
+            replica,
+            states,
+            stop,
+            leading,
+        })
+    }
+
+    /// The control group's replica.
+    pub fn replica(&self) -> &Replica {
+        &self.replica
+    }
+
+    /// The state as applied here.
+    pub fn states(&self) -> watch::Receiver<Arc<ControlState>> {
+        self.states.clone()
+    }
+
+    /// Stops leading and replicating.
+    pub async fn shutdown(self) {
+        self.stop.cancel();
+        let _ = self.leading.await;
+        self.replica.shutdown().await;
+    }
+}
+
+/// Where the coordinators are: the configured addresses first, since they hold before any state is known.
+struct Addresses {
+    fixed: BTreeMap<NodeId, SocketAddr>,
+    states: watch::Receiver<Arc<ControlState>>,
+}
+
+impl AddressBook for Addresses {
+    fn addr(&self, node: NodeId) -> Option<SocketAddr> {
+        let fixed = self.fixed.get(&node).copied();
+        fixed.or_else(|| self.states.borrow().nodes.get(&node).map(|n| n.addr))
+    }
+}
+
+/// The work of the control leader.
+struct Leader {
+    replica: Replica,
+    states: watch::Receiver<Arc<ControlState>>,
+    beats: Arc<Beats>,
+    cluster: Cluster,
+    transport: Transport,
+}
+
+impl Leader {
+    async fn run(self, stop: CancellationToken) {
+        let mut tick = interval(LEADER_TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut sweep = interval(TOKEN_SWEEP);
+        let mut formation: Option<Formation> = None;
+        let mut revoked = BTreeSet::new();
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                _ = tick.tick() => {}
+                () = self.beats.urgent.notified() => {}
+                _ = sweep.tick() => {
+                    if formation.is_some() {
+                        self.expire_tokens().await;
+                    }
+                }
+            }
+            let state = self.states.borrow().clone();
+            if state.revoked != revoked {
+                revoked = state.revoked.clone();
+                self.transport
+                    .set_revoked(revoked.iter().copied().collect());
+            }
+            if !self.replica.status().is_leader {
+                formation = None;
+                continue;
+            }
+            if formation.is_none() {
+                info!("leading control");
+                self.beats.reset();
+            }
+            let formation = formation.get_or_insert_default();
+            if state.cluster.id.is_empty() {
+                self.propose(Command::NameCluster(self.cluster.clone()))
+                    .await;
+                continue;
+            }
+            let now_ms = self.beats.now_ms();
+            let commands = self.beats.with(|liveness| {
+                liveness.retain(&state);
+                formation.decide(now_ms, &state, liveness, &mut random_secret)
+            });
+            for command in commands {
+                self.propose(command).await;
+            }
+            self.adjust_voters(&state).await;
+        }
+    }
+
+    async fn expire_tokens(&self) {
+        let now_ms = now_ms();
+        if self
+            .states
+            .borrow()
+            .join_tokens
+            .values()
+            .any(|t| t.expires_ms < now_ms)
+        {
+            self.propose(Command::ExpireJoinTokens { now_ms }).await;
+        }
+    }
+
+    /// Proposes on this replica; a failure is seen again, and decided again, at the next tick.
+    async fn propose(&self, command: Command) {
+        log(&command);
+        let mut id = [0; 16];
+        rand::rng().fill_bytes(&mut id);
+        let Ok(bytes) = wire::encode(&Proposal { id, command }) else {
+            return;
+        };
+        match self
+            .replica
+            .propose(bytes)
+            .await
+            .map(|reply| wire::decode::<Result<Outcome, Rejection>>(&reply))
+        {
+            Ok(Ok(Ok(_))) => {}
+            Ok(Ok(Err(rejection))) => debug!(%rejection, "the leader's own proposal came too late"),
+            Ok(Err(why)) => warn!(%why, "the leader's own proposal"),
+            Err(error) => debug!(%error, "the leader's own proposal"),
+        }
+    }
+
+    /// Makes registered coordinators voters, and removed ones not.
+    async fn adjust_voters(&self, state: &ControlState) {
+        let status = self.replica.status();
+        let mut voters: BTreeSet<_> = status
+            .voters
+            .iter()
+            .copied()
+            .filter(|id| !state.revoked.contains(id))
+            .collect();
+        let joining = state
+            .nodes_with(Role::Coordinator)
+            .filter(|n| n.up && n.incarnation != 0)
+            .map(|n| n.id);
+        let room = MAX_VOTERS.saturating_sub(voters.len()).min(1);
+        voters.extend(joining.filter(|id| !status.voters.contains(id)).take(room));
+        if voters.is_empty() || voters == status.voters {
+            return;
+        }
+        info!(?voters, "changing the control group's voters");
+        if let Err(error) = self.replica.change_members(voters, BTreeSet::new()).await {
+            warn!(%error, "cannot change the control group's voters yet");
+        }
+    }
+}
+
+/// What the leader decides by itself is worth a line each.
+fn log(command: &Command) {
+    match command {
+        Command::SetNodeUp { node, up, .. } => info!(node = node.0, up, "node liveness"),
+        Command::FormGroup {
+            model,
+            expect,
+            ranks,
+            ..
+        } => {
+            let nodes: Vec<_> = ranks.iter().map(|r| r.node.0).collect();
+            info!(%model, after_epoch = expect.0, ?nodes, "forming group");
+        }
+        Command::RankFailed {
+            group,
+            epoch,
+            reason,
+            ..
+        } => {
+            warn!(group = group.0, epoch = epoch.0, %reason, "group failed");
+        }
+        Command::CreateStoreGroup(group) => {
+            info!(members = ?group.members, "creating the store's group")
+        }
+        _ => {}
+    }
+}
