@@ -1,0 +1,362 @@
+//! The engine alone, measured: prefill and decode of random tokens, and perplexity of a text. No cluster, no sampler.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use kernels::{BLOCK_TOKENS, Cpu, Device, Isa};
+use serde::{Deserialize, Serialize};
+
+use crate::collective::Local;
+use crate::file::ModelFile;
+use crate::kv::{BlockAllocator, BlockTable};
+use crate::model::{self, RankModel, Span, StepBatch};
+use crate::plan::ShardPlan;
+
+/// Rows of one prefill step, as the engine's scheduler makes them.
+pub const PREFILL_ROWS: usize = 512;
+/// Each measurement is repeated this often and the best is reported: on a shared machine the others are noise.
+const REPEATS: usize = 3;
+
+/// What to measure.
+#[derive(Debug, Clone)]
+pub struct BenchOptions {
+    pub model: PathBuf,
+    /// 0 takes as many as there are cores.
+    pub threads: usize,
+    /// Prompt tokens to prefill, in one sequence; 0 leaves it out.
+    pub prefill: usize,
+    /// Tokens to decode, in each sequence; 0 leaves it out.
+    pub decode: usize,
+    /// Sequences that decode at once.
+    pub batch: usize,
+    /// A text file to compute perplexity of.
+    pub perplexity: Option<PathBuf>,
+    /// Positions of a perplexity chunk.
+    pub context: usize,
+}
+
+/// What came out. Rates count all sequences together.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct BenchReport {
+    pub model: String,
+    pub threads: usize,
+    pub isa: String,
+    pub prefill_tokens: usize,
+    pub decode_tokens: usize,
+    pub batch: usize,
+    pub prefill_tokens_per_s: Option<f64>,
+    pub decode_tokens_per_s: Option<f64>,
+    /// Packed weights that every decoding step reads.
+    pub weight_bytes: u64,
+    pub limits: Limits,
+    /// Share of the floor set by memory that decoding reaches; over 1 where the weights stay in the cache.
+    pub decode_share_of_bandwidth: Option<f64>,
+    pub load_s: f64,
+    pub perplexity: Option<Perplexity>,
+}
+
+/// The machine's limits, measured in the same run.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Limits {
+    /// Streaming read of all threads together.
+    pub read_bytes_per_s: f64,
+    /// Steps a second that one read of all weights a step allows.
+    pub decode_steps_per_s: f64,
+}
+
+/// Perplexity of a text.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Perplexity {
+    pub value: f64,
+    pub chunks: usize,
+    /// Predictions that were scored.
+    pub scored: usize,
+}
+
+/// Why there is no report.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Model(#[from] model::Error),
+    #[error(transparent)]
+    Text(#[from] crate::text::Error),
+    #[error("{path}: {source}; expected a text file in UTF-8")]
+    Input {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("{what} is {got}, expected {expected}")]
+    Option {
+        what: &'static str,
+        expected: String,
+        got: usize,
+    },
+}
+
+impl From<crate::file::Error> for Error {
+    fn from(error: crate::file::Error) -> Self {
+        Error::Model(error.into())
+    }
+}
+
+/// Runs the measurements that `options` ask for.
+pub fn run(options: &BenchOptions) -> Result<BenchReport, Error> {
+    let file = ModelFile::open(&options.model)?;
+    let config = file.config()?;
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let threads = if options.threads == 0 {
+        cores
+    } else {
+        options.threads
+    };
+    let batch = options.batch.max(1);
+    let longest = options
+        .prefill
+        .max(options.decode + 1)
+        .max(if options.perplexity.is_some() {
+            options.context
+        } else {
+            1
+        });
+    if longest > config.context_tokens {
+        let expected = format!("at most {}, the model's context", config.context_tokens);
+        return Err(Error::Option {
+            what: "length of a sequence",
+            expected,
+            got: longest,
+        });
+    }
+    let isa = Isa::detect();
+    let mut plan = ShardPlan::whole(&config, longest).map_err(model::Error::from)?;
+    plan.kv_blocks = BlockTable::blocks_for(options.prefill.max(options.context))
+        .max(batch * BlockTable::blocks_for(options.decode + 1))
+        .max(1);
+    let start = Instant::now();
+    let mut rank = RankModel::load(
+        &file,
+        &plan,
+        Box::new(Local::default()),
+        Cpu::new(threads, isa),
+    )?;
+    let load_s = start.elapsed().as_secs_f64();
+
+    let text = options.perplexity.as_ref().map(|path| -> Result<_, Error> {
+        let text = std::fs::read_to_string(path).map_err(|source| Error::Input {
+            path: path.clone(),
+            source,
+        })?;
+        let tokenizer = crate::text::load(&file)?.tokenizer;
+        let tokens = tokenizer.encode_prompt(&text)?;
+        let bos = tokenizer.bos().filter(|bos| tokens.first() == Some(bos));
+        perplexity(&mut rank, &tokens, options.context, bos)
+    });
+    let perplexity = text.transpose()?;
+    let prefill = best(options.prefill, || prefill(&mut rank, options.prefill))?;
+    let decode = best(options.decode, || decode(&mut rank, batch, options.decode))?;
+
+    let read_bytes_per_s = kernels::measure::read_bandwidth(threads);
+    let weight_bytes = rank.numbers().weight_bytes;
+    let limits = Limits {
+        read_bytes_per_s,
+        decode_steps_per_s: read_bytes_per_s / weight_bytes.max(1) as f64,
+    };
+    Ok(BenchReport {
+        model: if config.name.is_empty() {
+            options.model.display().to_string()
+        } else {
+            config.name
+        },
+        threads,
+        isa: format!("{isa:?}"),
+        prefill_tokens: options.prefill,
+        decode_tokens: options.decode,
+        batch,
+        prefill_tokens_per_s: prefill,
+        decode_tokens_per_s: decode,
+        weight_bytes,
+        limits,
+        decode_share_of_bandwidth: decode
+            .map(|rate| rate / batch as f64 / limits.decode_steps_per_s),
+        load_s,
+        perplexity,
+    })
+}
+
+/// The best rate of several runs; `None` if there is nothing to run.
+fn best(
+    tokens: usize,
+    mut work: impl FnMut() -> Result<f64, model::Error>,
+) -> Result<Option<f64>, model::Error> {
+    if tokens == 0 {
+        return Ok(None);
+    }
+    let rates = (0..REPEATS)
+        .map(|_| work())
+        .collect::<Result<Vec<_>, _>>()?;
+    Ok(rates.into_iter().reduce(f64::max))
+}
+
+/// Tokens a second of one prompt of `tokens` tokens.
+fn prefill<D: Device>(rank: &mut RankModel<D>, tokens: usize) -> Result<f64, model::Error> {
+    let mut sequence = Sequence::new(rank.plan().kv_blocks, 0, tokens);
+    let prompt = noise(tokens, rank.config().vocab);
+    let start = Instant::now();
+    for chunk in prompt.chunks(PREFILL_ROWS) {
+        let last = sequence.length + chunk.len() == tokens;
+        let batch = step(&mut [(&mut sequence, chunk)], |rows| {
+            if last {
+                vec![rows as u32 - 1]
+            } else {
+                Vec::new()
+            }
+        });
+        rank.step(&batch)?;
+    }
+    Ok(tokens as f64 / start.elapsed().as_secs_f64())
+}
+
+/// Tokens a second of `count` sequences that decode `tokens` tokens each at once.
+fn decode<D: Device>(
+    rank: &mut RankModel<D>,
+    count: usize,
+    tokens: usize,
+) -> Result<f64, model::Error> {
+    let blocks = BlockTable::blocks_for(tokens + 1);
+    let mut sequences: Vec<Sequence> = (0..count)
+        .map(|i| Sequence::new(blocks, i * blocks, tokens + 1))
+        .collect();
+    let ids = noise((tokens + 1) * count, rank.config().vocab);
+    let mut one = |i: usize| {
+        let mut rows: Vec<(&mut Sequence, &[u32])> = sequences
+            .iter_mut()
+            .zip(ids[i * count..].chunks(1))
+            .collect();
+        let batch = step(&mut rows, |rows| (0..rows as u32).collect());
+        rank.step(&batch).map(|_| ())
+    };
+    one(0)?;
+    let start = Instant::now();
+    for i in 1..=tokens {
+        one(i)?;
+    }
+    Ok((tokens * count) as f64 / start.elapsed().as_secs_f64())
+}
+
+/// Perplexity as llama.cpp's tool computes it: the text in chunks of `context` tokens, each begun with `bos` in place of its first token
+/// (if the model has one), the predictions in its second half scored.
+pub fn perplexity<D: Device>(
+    rank: &mut RankModel<D>,
+    tokens: &[u32],
+    context: usize,
+    bos: Option<u32>,
+) -> Result<Perplexity, Error> {
+    if context < 4 || tokens.len() < context {
+        let expected = "at least 4, and the text at least one context long".into();
+        return Err(Error::Option {
+            what: "context",
+            expected,
+            got: context,
+        });
+    }
+    let mut sum = 0.0;
+    let mut scored = 0;
+    let chunks = tokens.chunks_exact(context);
+    let count = chunks.len();
+    for chunk in chunks {
+        let mut input = chunk.to_vec();
+        if let Some(bos) = bos {
+            input[0] = bos;
+        }
+        let mut sequence = Sequence::new(rank.plan().kv_blocks, 0, context);
+        for rows in input.chunks(PREFILL_ROWS.min(64)) {
+            let before = sequence.length;
+            // Row r of this step predicts token before + r + 1; the second half is scored, the last has nothing to predict.
+            let wanted = |r: &u32| (context / 2..context - 1).contains(&(before + *r as usize));
+            let mut batch = step(&mut [(&mut sequence, rows)], |rows| {
+                (0..rows as u32).filter(wanted).collect()
+            });
+            batch.full_logits = true;
+            let candidates = rank.step(&batch)?.unwrap_or_default();
+            for (row, candidates) in batch.logits_rows.iter().zip(candidates) {
+                let next = chunk[before + *row as usize + 1];
+                let logit = candidates
+                    .full
+                    .as_ref()
+                    .and_then(|all| all.get(next as usize))
+                    .copied()
+                    .unwrap_or(f32::NAN);
+                sum -= f64::from(logit) - f64::from(candidates.log_sum_exp);
+                scored += 1;
+            }
+        }
+    }
+    Ok(Perplexity {
+        value: (sum / f64::from(scored)).exp(),
+        chunks: count,
+        scored: scored as usize,
+    })
+}
+
+/// A sequence that grows in consecutive blocks.
+struct Sequence {
+    blocks: Vec<u32>,
+    length: usize,
+}
+
+impl Sequence {
+    fn new(blocks: usize, first: usize, positions: usize) -> Self {
+        let mut allocator = BlockAllocator::new(first + blocks);
+        for _ in 0..first {
+            allocator.take();
+        }
+        let mut table = BlockTable::default();
+        // The caller sized the cache for this.
+        let reserved = table.reserve(positions, &mut allocator);
+        debug_assert!(reserved.is_ok());
+        Sequence {
+            blocks: table.ids(),
+            length: 0,
+        }
+    }
+}
+
+/// The step that appends each sequence's tokens.
+fn step(
+    sequences: &mut [(&mut Sequence, &[u32])],
+    wanted: impl FnOnce(usize) -> Vec<u32>,
+) -> StepBatch {
+    let mut batch = StepBatch::default();
+    for (sequence, tokens) in sequences {
+        let (first_row, context) = (batch.tokens.len(), sequence.length);
+        for (i, &token) in tokens.iter().enumerate() {
+            let position = context + i;
+            batch.tokens.push(token);
+            batch.positions.push(position as u32);
+            batch.slots.push(
+                sequence.blocks[position / BLOCK_TOKENS] * BLOCK_TOKENS as u32
+                    + (position % BLOCK_TOKENS) as u32,
+            );
+        }
+        sequence.length += tokens.len();
+        batch.spans.push(Span {
+            first_row,
+            rows: tokens.len(),
+            context,
+            blocks: sequence.blocks.clone(),
+        });
+    }
+    batch.logits_rows = wanted(batch.tokens.len());
+    batch
+}
+
+/// Token ids without a pattern.
+fn noise(count: usize, vocab: usize) -> Vec<u32> {
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let mut next = || {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        ((state >> 33) % vocab as u64) as u32
+    };
+    (0..count).map(|_| next()).collect()
+}

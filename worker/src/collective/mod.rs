@@ -1,0 +1,114 @@
+//! How the ranks of a group add up and exchange. Belongs here: the trait, its transports, their frames and keys. Does not
+//! belong here: what is summed.
+//!
+//! Sums are exact: a partial sum is rounded to a fixed grid ([`to_grid`]) before it is added up in f64, where sums of
+//! grid points are free of rounding; so neither order nor number of ranks changes a bit of the result.
+
+mod frame;
+mod hub;
+mod local;
+mod mesh;
+mod shm;
+mod tcp;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+pub use hub::Hub;
+pub use local::Local;
+pub use shm::Shm;
+pub use tcp::{GroupConfig, Tcp};
+
+/// Why an exchange failed. After any of these the group is broken: drop it and form a new one with a larger epoch.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    #[error("rank {rank} is gone ({why}); the group must be formed again")]
+    PeerLost { rank: usize, why: String },
+    #[error("rank {rank} is in epoch {got}, expected {expected}; the older side must leave")]
+    StaleEpoch {
+        rank: usize,
+        expected: u64,
+        got: u64,
+    },
+    #[error(
+        "rank {rank} did not prove that it has the group's key; check that it belongs to this cluster"
+    )]
+    WrongKey { rank: usize },
+    #[error(
+        "rank {rank} sent {got}, expected {expected}; the ranks run different versions or lost step"
+    )]
+    Protocol {
+        rank: usize,
+        expected: String,
+        got: String,
+    },
+    #[error(
+        "rank {rank} did not join within {waited_ms} ms; check that its worker runs and that its data address can be reached"
+    )]
+    NotJoined { rank: usize, waited_ms: u64 },
+    #[error("interrupted: this rank was told to leave the group")]
+    Interrupted,
+    #[error("a message of {got} bytes, at most {max} are allowed")]
+    TooLarge { got: usize, max: usize },
+    #[error("{what}: {why}")]
+    Io { what: &'static str, why: String },
+}
+
+/// What the ranks of a group do together. Every rank makes the same calls in the same order. No call waits forever.
+pub trait Collective: Send {
+    /// This rank's number, from 0 (the leader).
+    fn rank(&self) -> usize;
+    /// Ranks in the group.
+    fn size(&self) -> usize;
+    /// Replaces `data` by the sum over all ranks; all hold the same bits afterwards. The length must be the same everywhere.
+    fn all_reduce_f64(&mut self, data: &mut [f64]) -> Result<(), Error>;
+    /// Brings every rank's bytes to the leader, in rank order; empty on the others.
+    fn gather_to_leader(&mut self, mine: &[u8]) -> Result<Vec<Vec<u8>>, Error>;
+    /// Replaces `message` by the leader's on every other rank. Followers may wait here for as long as the leader lives.
+    fn broadcast(&mut self, message: &mut Vec<u8>) -> Result<(), Error>;
+    /// Lets another thread end a call that waits.
+    fn interrupter(&self) -> Interrupter;
+
+    /// [`Collective::all_reduce_f64`] of f32 values, exact for values on the [`to_grid`] grid.
+    fn all_reduce(&mut self, data: &mut [f32]) -> Result<(), Error> {
+        let mut wide: Vec<f64> = data.iter().map(|&v| to_grid(v)).collect();
+        self.all_reduce_f64(&mut wide)?;
+        for (narrow, wide) in data.iter_mut().zip(wide) {
+            *narrow = wide as f32;
+        }
+        Ok(())
+    }
+}
+
+/// Rounds to a multiple of 2⁻³², as f64. Sums of such numbers below 2²⁰ in magnitude are exact in f64's 53 bits. Larger
+/// numbers land on a coarser grid, the same on every rank; NaN and infinities stay what they are.
+#[inline]
+pub fn to_grid(value: f32) -> f64 {
+    // Adding and taking away 1.5·2²⁰ leaves no bit below 2⁻³² (f64 has 52 bits behind the leading one).
+    const SHIFT: f64 = 1_572_864.0;
+    (f64::from(value) + SHIFT) - SHIFT
+}
+
+/// Ends waiting calls of a group from another thread.
+#[derive(Clone, Default)]
+pub struct Interrupter {
+    told: Arc<AtomicBool>,
+}
+
+impl Interrupter {
+    /// Every waiting and later call of the group returns [`Error::Interrupted`], within 20 ms.
+    pub fn interrupt(&self) {
+        self.told.store(true, Ordering::Release);
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        if self.told.load(Ordering::Acquire) {
+            Err(Error::Interrupted)
+        } else {
+            Ok(())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,388 @@
+//! The engine's thread.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
+use std::time::Duration;
+
+use coordinator::Redacted;
+use coordinator::clock::monotonic;
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::{EngineConfig, METRICS, Prepared, RETRY_AFTER_S, Shared, Stepper};
+use crate::client::{Event, FinishReason, InferError};
+use crate::model::{self, Candidates};
+use crate::sampling::Sampler;
+use crate::scheduler::{Planned, Refused, Scheduler, SequenceId};
+use crate::text::{Detokenizer, StopMatcher, StopOutcome, Tokenizer};
+
+/// How often an idle engine makes sure that its followers live, and looks whether its handle is gone.
+const IDLE: Duration = Duration::from_millis(500);
+
+/// A request on its way to the thread.
+pub(super) struct Submission {
+    pub prepared: Prepared,
+    pub events: UnboundedSender<Result<Event, InferError>>,
+}
+
+/// A generation under way.
+struct Generation {
+    events: UnboundedSender<Result<Event, InferError>>,
+    sampler: Sampler,
+    detokenizer: Detokenizer,
+    stop: StopMatcher,
+    prompt_tokens: u32,
+    completion_tokens: u32,
+    /// Tokens after which the answer ends.
+    max_tokens: u32,
+}
+
+struct EngineLoop<S> {
+    stepper: S,
+    tokenizer: Arc<Tokenizer>,
+    scheduler: Scheduler,
+    generations: BTreeMap<SequenceId, Generation>,
+    next_id: u64,
+    model: String,
+    shared: Arc<Shared>,
+    preemptions_told: u64,
+}
+
+/// Serves until the handle is dropped or the group breaks.
+pub(super) fn run<S: Stepper>(
+    stepper: S,
+    tokenizer: Arc<Tokenizer>,
+    config: EngineConfig,
+    submissions: Receiver<Submission>,
+    shared: Arc<Shared>,
+) {
+    let _guard = DeathNotice(shared.clone());
+    let mut engine = EngineLoop {
+        stepper,
+        tokenizer,
+        scheduler: Scheduler::new(config.limits),
+        generations: BTreeMap::new(),
+        next_id: 0,
+        model: config.model,
+        shared,
+        preemptions_told: 0,
+    };
+    let why = engine.serve(&submissions);
+    engine.shared.set_broken(why.clone());
+    engine.stepper.stop();
+    for (_, generation) in std::mem::take(&mut engine.generations) {
+        engine.fail(generation, InferError::Interrupted { why: why.clone() });
+    }
+    // What was queued while the thread ended must not be left without an answer.
+    while let Ok(submission) = submissions.try_recv() {
+        engine.shared.active.fetch_sub(1, Ordering::Relaxed);
+        let _ = submission
+            .events
+            .send(Err(InferError::Interrupted { why: why.clone() }));
+    }
+    engine.tell_metrics();
+}
+
+/// Tells the handle when the thread ends, also by a panic.
+struct DeathNotice(Arc<Shared>);
+
+impl Drop for DeathNotice {
+    fn drop(&mut self) {
+        self.0.set_broken("the engine's thread has ended".into());
+    }
+}
+
+impl<S: Stepper> EngineLoop<S> {
+    /// Returns why it ended.
+    fn serve(&mut self, submissions: &Receiver<Submission>) -> String {
+        const STOPPED: &str = "the engine was stopped";
+        loop {
+            if self.generations.is_empty() {
+                match submissions.recv_timeout(IDLE) {
+                    Ok(submission) => self.admit(submission),
+                    Err(RecvTimeoutError::Disconnected) => return STOPPED.into(),
+                    Err(RecvTimeoutError::Timeout) => {
+                        if let Err(error) = self.stepper.idle() {
+                            return error.to_string();
+                        }
+                    }
+                }
+            }
+            loop {
+                match submissions.try_recv() {
+                    Ok(submission) => self.admit(submission),
+                    Err(TryRecvError::Empty) => break,
+                    Err(TryRecvError::Disconnected) => return STOPPED.into(),
+                }
+            }
+            self.drop_cancelled();
+            let Some(planned) = self.scheduler.plan() else {
+                continue;
+            };
+            if let Err(why) = self.step(planned) {
+                return why;
+            }
+            self.tell_metrics();
+        }
+    }
+
+    fn admit(&mut self, submission: Submission) {
+        let Submission { prepared, events } = submission;
+        let id = SequenceId(self.next_id);
+        self.next_id += 1;
+        let prompt_tokens = prepared.tokens.len();
+        let sampler = Sampler::new(&prepared.sampling, prepared.seed, &prepared.tokens);
+        let capacity = self.scheduler.capacity_tokens();
+        let generation = Generation {
+            sampler,
+            detokenizer: Detokenizer::new(),
+            stop: StopMatcher::new(&prepared.stop),
+            prompt_tokens: prompt_tokens as u32,
+            completion_tokens: 0,
+            max_tokens: prepared
+                .max_tokens
+                .unwrap_or(u32::MAX)
+                .min(capacity.saturating_sub(prompt_tokens) as u32),
+            events,
+        };
+        match self.scheduler.submit(id, prepared.tenant, prepared.tokens) {
+            Ok(()) => {
+                let _ = generation.events.send(Ok(Event::Started {
+                    prompt_tokens: prompt_tokens as u32,
+                }));
+                if let Some(text) = prepared.echo {
+                    let _ = generation.events.send(Ok(Event::Text {
+                        text,
+                        tokens: Vec::new(),
+                    }));
+                }
+                self.generations.insert(id, generation);
+            }
+            Err(Refused::TooLong { tokens, context }) => {
+                self.fail(generation, InferError::PromptTooLong { tokens, context })
+            }
+            Err(Refused::Empty) => self.fail(
+                generation,
+                InferError::invalid("prompt", "must not be empty".into()),
+            ),
+            Err(Refused::Full) => self.fail(
+                generation,
+                InferError::Overloaded {
+                    retry_after_s: RETRY_AFTER_S,
+                },
+            ),
+        }
+    }
+
+    fn drop_cancelled(&mut self) {
+        let gone: Vec<SequenceId> = self
+            .generations
+            .iter()
+            .filter(|(_, g)| g.events.is_closed())
+            .map(|(&id, _)| id)
+            .collect();
+        for id in gone {
+            self.finish(id, FinishReason::Cancelled);
+        }
+    }
+
+    /// `Err` when the group is broken.
+    fn step(&mut self, mut planned: Planned) -> Result<(), String> {
+        planned.batch.full_logits = planned.samples.iter().any(|id| {
+            self.generations
+                .get(id)
+                .is_some_and(|g| g.sampler.needs_full_logits())
+        });
+        let started = monotonic();
+        let result = self.stepper.step(&planned.batch);
+        if let Some(metrics) = METRICS.as_ref() {
+            let model = [self.model.as_str()];
+            metrics
+                .step_seconds
+                .with_label_values(&model)
+                .observe(started.elapsed().as_secs_f64());
+            metrics
+                .step_rows
+                .with_label_values(&model)
+                .observe(planned.batch.tokens.len() as f64);
+            let prompt_rows = planned
+                .batch
+                .tokens
+                .len()
+                .saturating_sub(planned.samples.len());
+            metrics
+                .tokens
+                .with_label_values(&[self.model.as_str(), "prompt"])
+                .inc_by(prompt_rows as u64);
+        }
+        match result {
+            Ok(candidates) if candidates.len() == planned.samples.len() => {
+                for (id, candidates) in planned.samples.iter().zip(&candidates) {
+                    self.sample(*id, candidates);
+                }
+                Ok(())
+            }
+            Ok(candidates) => Err(format!(
+                "a step gave {} rows of logits, expected {}",
+                candidates.len(),
+                planned.samples.len()
+            )),
+            // Nothing was computed and the ranks are in step: only the sequences of this step are lost.
+            Err(error @ (model::Error::Step { .. } | model::Error::NotFinite)) => {
+                tracing::error!(%error, rows = planned.batch.tokens.len(), "a step failed");
+                self.fail_all(&InferError::Internal {
+                    why: error.to_string(),
+                });
+                Ok(())
+            }
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    fn sample(&mut self, id: SequenceId, candidates: &Candidates) {
+        let Some(position) = self.scheduler.length(id) else {
+            return;
+        };
+        let Some(generation) = self.generations.get_mut(&id) else {
+            return;
+        };
+        let token = match &candidates.full {
+            Some(logits) => {
+                let pairs: Vec<(u32, f32)> = logits
+                    .iter()
+                    .enumerate()
+                    .map(|(id, &logit)| (id as u32, logit))
+                    .collect();
+                generation.sampler.sample(position as u64, &pairs)
+            }
+            None => generation.sampler.sample(position as u64, &candidates.top),
+        };
+        let Some(token) = token else {
+            let why = model::Error::NotFinite.to_string();
+            if let Some(generation) = self.take(id) {
+                self.fail(generation, InferError::Internal { why });
+            }
+            return;
+        };
+        if self.tokenizer.is_end(token) {
+            return self.finish(id, FinishReason::Stop);
+        }
+        generation.completion_tokens += 1;
+        generation.sampler.accept(token);
+        let text = generation
+            .detokenizer
+            .push(self.tokenizer.token_bytes(token));
+        let (text, stopped) = match generation.stop.push(&text) {
+            StopOutcome::Continue(text) => (text, false),
+            StopOutcome::Stopped(text) => (text, true),
+        };
+        let _ = generation.events.send(Ok(Event::Text {
+            text: Redacted::new(text),
+            tokens: vec![token],
+        }));
+        let ended = generation.completion_tokens >= generation.max_tokens;
+        if stopped {
+            generation.stop = StopMatcher::new(&[]);
+            generation.detokenizer = Detokenizer::new();
+            self.finish(id, FinishReason::Stop);
+        } else if ended {
+            self.finish(id, FinishReason::Length);
+        } else {
+            self.scheduler.append(id, token);
+        }
+    }
+
+    fn take(&mut self, id: SequenceId) -> Option<Generation> {
+        self.scheduler.remove(id);
+        self.generations.remove(&id)
+    }
+
+    /// Ends a generation with what its detokenizer and stop matcher still hold.
+    fn finish(&mut self, id: SequenceId, reason: FinishReason) {
+        let Some(mut generation) = self.take(id) else {
+            return;
+        };
+        let last = generation.detokenizer.finish();
+        let (mut rest, reason) = match generation.stop.push(&last) {
+            StopOutcome::Continue(text) => (text, reason),
+            StopOutcome::Stopped(text) => (text, FinishReason::Stop),
+        };
+        rest.push_str(&generation.stop.finish());
+        if !rest.is_empty() {
+            let _ = generation.events.send(Ok(Event::Text {
+                text: Redacted::new(rest),
+                tokens: Vec::new(),
+            }));
+        }
+        let (prompt_tokens, completion_tokens) =
+            (generation.prompt_tokens, generation.completion_tokens);
+        let _ = generation.events.send(Ok(Event::Finished {
+            reason,
+            prompt_tokens,
+            completion_tokens,
+        }));
+        let code = match reason {
+            FinishReason::Stop => "stop",
+            FinishReason::Length => "length",
+            FinishReason::Cancelled => "cancelled",
+        };
+        self.ended(code, completion_tokens);
+    }
+
+    fn fail(&self, generation: Generation, error: InferError) {
+        let code = match &error {
+            InferError::PromptTooLong { .. } | InferError::Invalid { .. } => "invalid",
+            InferError::Overloaded { .. } => "overloaded",
+            InferError::Interrupted { .. } => "interrupted",
+            _ => "internal",
+        };
+        let _ = generation.events.send(Err(error));
+        self.ended(code, generation.completion_tokens);
+    }
+
+    fn fail_all(&mut self, error: &InferError) {
+        let ids: Vec<SequenceId> = self.generations.keys().copied().collect();
+        for id in ids {
+            if let Some(generation) = self.take(id) {
+                self.fail(generation, error.clone());
+            }
+        }
+    }
+
+    fn ended(&self, code: &str, completion_tokens: u32) {
+        self.shared.active.fetch_sub(1, Ordering::Relaxed);
+        if let Some(metrics) = METRICS.as_ref() {
+            metrics
+                .requests
+                .with_label_values(&[self.model.as_str(), code])
+                .inc();
+            let completion = u64::from(completion_tokens);
+            metrics
+                .tokens
+                .with_label_values(&[self.model.as_str(), "completion"])
+                .inc_by(completion);
+        }
+    }
+
+    fn tell_metrics(&mut self) {
+        let Some(metrics) = METRICS.as_ref() else {
+            return;
+        };
+        let set = |family: &prometheus::IntGaugeVec, state: &str, value: usize| {
+            family
+                .with_label_values(&[self.model.as_str(), state])
+                .set(value as i64);
+        };
+        set(&metrics.sequences, "running", self.scheduler.running());
+        set(&metrics.sequences, "waiting", self.scheduler.waiting());
+        set(&metrics.kv_blocks, "used", self.scheduler.used_blocks());
+        set(&metrics.kv_blocks, "total", self.scheduler.total_blocks());
+        let preemptions = self.scheduler.preemptions();
+        metrics
+            .preemptions
+            .with_label_values(&[self.model.as_str()])
+            .inc_by(preemptions - self.preemptions_told);
+        self.preemptions_told = preemptions;
+    }
+}

@@ -1,0 +1,282 @@
+use std::collections::{BTreeMap, BTreeSet};
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn tenant(number: u8) -> TenantId {
+    TenantId::new(format!("t{number}")).unwrap()
+}
+
+fn limits() -> Limits {
+    Limits {
+        max_sequences: 4,
+        max_waiting: 8,
+        step_rows: 32,
+        context_tokens: 256,
+        blocks: 12,
+    }
+}
+
+fn prompt(len: usize) -> Vec<u32> {
+    (0..len as u32).collect()
+}
+
+#[test]
+fn a_prompt_goes_in_chunks_and_gives_one_sample_at_its_end() {
+    let mut s = Scheduler::new(limits());
+    s.submit(SequenceId(1), tenant(1), prompt(70)).unwrap();
+    let rows: Vec<(usize, usize)> = std::iter::from_fn(|| s.plan())
+        .map(|p| (p.batch.tokens.len(), p.samples.len()))
+        .collect();
+    assert_eq!(rows, [(32, 0), (32, 0), (6, 1)]);
+}
+
+#[test]
+fn a_newcomer_joins_while_another_decodes() {
+    let mut s = Scheduler::new(limits());
+    s.submit(SequenceId(1), tenant(1), prompt(3)).unwrap();
+    s.plan().unwrap();
+    s.append(SequenceId(1), 9);
+    s.submit(SequenceId(2), tenant(1), prompt(40)).unwrap();
+    let step = s.plan().unwrap();
+    assert_eq!(step.batch.tokens.len(), 32);
+    assert_eq!(
+        step.batch.spans[0],
+        Span {
+            first_row: 0,
+            rows: 1,
+            context: 3,
+            blocks: vec![0]
+        }
+    );
+    assert_eq!(step.samples, [SequenceId(1)]);
+    s.append(SequenceId(1), 9);
+    let step = s.plan().unwrap();
+    assert_eq!(step.samples, [SequenceId(1), SequenceId(2)]);
+    assert_eq!(step.batch.spans[1].context, 31);
+}
+
+#[test]
+fn too_long_empty_and_too_many_are_refused() {
+    let mut s = Scheduler::new(Limits {
+        max_waiting: 1,
+        blocks: 4,
+        ..limits()
+    });
+    assert_eq!(
+        s.submit(SequenceId(1), tenant(1), prompt(64)),
+        Err(Refused::TooLong {
+            tokens: 64,
+            context: 64
+        })
+    );
+    assert_eq!(
+        s.submit(SequenceId(2), tenant(1), vec![]),
+        Err(Refused::Empty)
+    );
+    s.submit(SequenceId(3), tenant(1), prompt(63)).unwrap();
+    assert_eq!(
+        s.submit(SequenceId(4), tenant(1), prompt(1)),
+        Err(Refused::Full)
+    );
+}
+
+#[test]
+fn removing_frees_blocks_at_once() {
+    let mut s = Scheduler::new(limits());
+    s.submit(SequenceId(1), tenant(1), prompt(100)).unwrap();
+    s.plan().unwrap();
+    assert!(s.used_blocks() >= 7);
+    assert!(s.remove(SequenceId(1)));
+    assert_eq!(s.used_blocks(), 0);
+    assert!(!s.remove(SequenceId(1)));
+    assert_eq!(s.plan(), None);
+}
+
+#[test]
+fn a_tenant_with_many_requests_does_not_keep_another_out() {
+    let mut s = Scheduler::new(Limits {
+        max_sequences: 2,
+        ..limits()
+    });
+    for id in 1..=5 {
+        s.submit(SequenceId(id), tenant(1), prompt(4)).unwrap();
+    }
+    s.submit(SequenceId(6), tenant(2), prompt(4)).unwrap();
+    let step = s.plan().unwrap();
+    assert_eq!(step.samples, [SequenceId(1), SequenceId(6)]);
+}
+
+#[test]
+fn the_youngest_gives_way_when_blocks_run_out() {
+    let mut s = Scheduler::new(Limits {
+        blocks: 4,
+        max_sequences: 2,
+        ..limits()
+    });
+    s.submit(SequenceId(1), tenant(1), prompt(16)).unwrap();
+    s.submit(SequenceId(2), tenant(1), prompt(15)).unwrap();
+    let mut order = Vec::new();
+    for _ in 0..40 {
+        let Some(step) = s.plan() else { break };
+        for &id in &step.samples {
+            order.push(id.0);
+            if s.append(id, 1).unwrap() >= 40 {
+                s.remove(id);
+            }
+        }
+    }
+    assert!(s.preemptions() > 0);
+    let last_of_first = order.iter().rposition(|&id| id == 1).unwrap();
+    assert!(
+        order[last_of_first..].contains(&2),
+        "the preempted one goes on afterwards"
+    );
+    assert_eq!(order.iter().filter(|&&id| id == 1).count(), 24);
+}
+
+#[derive(Debug, Clone)]
+enum Action {
+    Submit { len: usize, tenant: u8 },
+    Step,
+    Cancel(usize),
+}
+
+fn actions() -> impl Strategy<Value = Vec<Action>> {
+    let action = prop_oneof![
+        2 => (1usize..150, 0u8..3).prop_map(|(len, tenant)| Action::Submit { len, tenant }),
+        5 => Just(Action::Step),
+        1 => (0usize..8).prop_map(Action::Cancel),
+    ];
+    proptest::collection::vec(action, 1..120)
+}
+
+/// What the test knows of a sequence without asking the scheduler.
+struct Expected {
+    tokens: Vec<u32>,
+    /// Positions in the cache, by what the steps said.
+    computed: usize,
+    goal: usize,
+}
+
+/// Checks a step against the model of what every sequence has, and plays the engine: appends or finishes.
+fn take(
+    s: &mut Scheduler,
+    step: &Planned,
+    alive: &mut BTreeMap<SequenceId, Expected>,
+    limits: &Limits,
+) -> Result<(), TestCaseError> {
+    let batch = &step.batch;
+    prop_assert!(!batch.tokens.is_empty() && batch.tokens.len() <= limits.step_rows);
+    prop_assert!(batch.spans.len() <= limits.max_sequences);
+    let rows: usize = batch.spans.iter().map(|s| s.rows).sum();
+    prop_assert_eq!(rows, batch.tokens.len());
+    let mut blocks = BTreeSet::new();
+    let mut slots = BTreeSet::new();
+    let mut samples = step.samples.iter();
+    for span in &batch.spans {
+        for &block in &span.blocks {
+            prop_assert!((block as usize) < limits.blocks, "block beyond the cache");
+            prop_assert!(blocks.insert(block), "block {block} shared");
+        }
+        let range = span.first_row..span.first_row + span.rows;
+        prop_assert!(span.blocks.len() * BLOCK_TOKENS >= span.context + span.rows);
+        for (i, row) in range.clone().enumerate() {
+            let position = span.context + i;
+            prop_assert_eq!(batch.positions[row] as usize, position);
+            let slot = span.blocks[position / BLOCK_TOKENS] * BLOCK_TOKENS as u32
+                + (position % BLOCK_TOKENS) as u32;
+            prop_assert_eq!(batch.slots[row], slot);
+            prop_assert!(slots.insert(slot));
+        }
+        // The span must continue exactly one living sequence, from where it was or from its beginning.
+        let tokens = &batch.tokens[range.clone()];
+        let owner = alive.iter_mut().find(|(_, e)| {
+            (e.computed == span.context || span.context == 0)
+                && e.tokens.len() >= span.context + span.rows
+                && e.tokens[span.context..span.context + span.rows] == *tokens
+        });
+        prop_assert!(owner.is_some(), "a span of nobody");
+        if let Some((id, expected)) = owner {
+            expected.computed = span.context + span.rows;
+            let sampled = batch.logits_rows.contains(&(range.end as u32 - 1));
+            prop_assert_eq!(sampled, expected.computed == expected.tokens.len());
+            if sampled {
+                prop_assert_eq!(samples.next(), Some(id));
+            }
+        }
+    }
+    prop_assert_eq!(samples.next(), None);
+    prop_assert!(s.used_blocks() <= limits.blocks);
+    prop_assert!(s.running() <= limits.max_sequences);
+    for &id in &step.samples {
+        let expected = alive.get_mut(&id).unwrap();
+        // Tokens name their sequence, so that a span of the wrong one is seen.
+        expected
+            .tokens
+            .push(id.0 as u32 * 1000 + expected.tokens.len() as u32);
+        let len = s.append(id, *expected.tokens.last().unwrap()).unwrap();
+        prop_assert_eq!(len, expected.tokens.len());
+        if len >= expected.goal {
+            prop_assert!(s.remove(id));
+            alive.remove(&id);
+        }
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+    #[test]
+    fn any_schedule_keeps_its_limits_and_finishes_everything(
+        actions in actions(),
+        max_sequences in 1usize..6,
+        step_rows in 1usize..48,
+        blocks in 2usize..24,
+        answer in 1usize..60,
+    ) {
+        let limits = Limits { max_sequences: max_sequences.min(step_rows), max_waiting: 10, step_rows, context_tokens: 200, blocks };
+        let mut s = Scheduler::new(limits);
+        let mut alive: BTreeMap<SequenceId, Expected> = BTreeMap::new();
+        let mut next = 0;
+        for action in actions {
+            match action {
+                Action::Submit { len, tenant: of } => {
+                    next += 1;
+                    let id = SequenceId(next);
+                    let tokens: Vec<u32> = (0..len as u32).map(|t| next as u32 * 1000 + t).collect();
+                    match s.submit(id, tenant(of), tokens.clone()) {
+                        Ok(()) => {
+                            let goal = (len + answer).min(s.capacity_tokens());
+                            alive.insert(id, Expected { tokens, computed: 0, goal });
+                        }
+                        Err(Refused::TooLong { .. }) => prop_assert!(len >= s.capacity_tokens()),
+                        Err(Refused::Full) => prop_assert_eq!(s.waiting(), limits.max_waiting),
+                        Err(Refused::Empty) => prop_assert!(false),
+                    }
+                }
+                Action::Cancel(which) => {
+                    if let Some(&id) = alive.keys().nth(which) {
+                        prop_assert!(s.remove(id));
+                        alive.remove(&id);
+                    }
+                }
+                Action::Step => match s.plan() {
+                    Some(step) => take(&mut s, &step, &mut alive, &limits)?,
+                    None => prop_assert!(alive.is_empty(), "work is left and no step comes"),
+                },
+            }
+            prop_assert_eq!(s.running() + s.waiting(), alive.len());
+        }
+        // Each sequence needs at most its rows once, and again after each preemption by an older one.
+        let mut steps = 0;
+        while let Some(step) = s.plan() {
+            take(&mut s, &step, &mut alive, &limits)?;
+            steps += 1;
+            prop_assert!(steps < 100_000, "no end");
+        }
+        prop_assert!(alive.is_empty(), "work is left and no step comes");
+        prop_assert_eq!(s.used_blocks(), 0);
+    }
+}

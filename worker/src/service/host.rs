@@ -1,0 +1,389 @@
+//! One rank on this node, from its assignment to its end: a thread that loads, joins, serves and leaves.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use coordinator::control::{
+    Command, DeviceKind, Group, GroupHealth, ModelKind, RankAssignment, ShardReport,
+};
+use coordinator::ids::{Epoch, GroupId, Rank};
+use kernels::{Cpu, Isa};
+
+use super::Shared;
+use crate::collective::{Collective, GroupConfig, Interrupter, Local, Shm, Tcp};
+use crate::embed::Embedder;
+use crate::engine::{Engine, EngineConfig};
+use crate::file::ModelFile;
+use crate::load::ShardNumbers;
+use crate::model::{self, RankModel, follow};
+use crate::plan::{RankCapacity, plan};
+use crate::scheduler::Limits;
+use crate::text;
+
+/// How long a rank waits for the others of its group. Processes that run meet within a second; loading comes after.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A rank that this node hosts.
+pub(super) struct Hosted {
+    pub group: GroupId,
+    pub epoch: Epoch,
+    pub rank: Rank,
+    state: Mutex<State>,
+    interrupter: Mutex<Option<Interrupter>>,
+    left: AtomicBool,
+    thread: Mutex<Option<thread::JoinHandle<()>>>,
+}
+
+/// What the rank is doing.
+enum State {
+    Loading,
+    /// Leader of a generating group.
+    Engine(Arc<Engine>),
+    Embedder(Arc<Embedder>),
+    Following,
+    /// Cannot go on in this epoch.
+    Broken(String),
+    /// Could not be loaded, which was reported as such; forming the group again would not help.
+    Failed(String),
+}
+
+/// What a handler may use.
+pub(super) enum Serving {
+    Engine(Arc<Engine>),
+    Embedder(Arc<Embedder>),
+}
+
+/// Why a rank's thread ended.
+enum End {
+    /// It was told to leave.
+    Left,
+    /// Loading cannot succeed here, whoever the others are.
+    Failed(String),
+    /// This epoch is over; another may succeed.
+    Broken(String),
+}
+
+impl From<model::Error> for End {
+    fn from(error: model::Error) -> Self {
+        match error {
+            model::Error::Collective(error) => End::Broken(error.to_string()),
+            error => End::Failed(error.to_string()),
+        }
+    }
+}
+
+impl From<crate::collective::Error> for End {
+    fn from(error: crate::collective::Error) -> Self {
+        End::Broken(error.to_string())
+    }
+}
+
+fn failed(error: impl std::fmt::Display) -> End {
+    End::Failed(error.to_string())
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Hosted {
+    /// Starts the thread. It first waits for the end of `before`, so that two shards never share the memory of one.
+    pub fn start(
+        shared: Arc<Shared>,
+        group: Group,
+        assignment: RankAssignment,
+        before: Option<Arc<Hosted>>,
+    ) -> Arc<Self> {
+        let host = Arc::new(Self {
+            group: group.id,
+            epoch: group.epoch,
+            rank: assignment.rank,
+            state: Mutex::new(State::Loading),
+            interrupter: Mutex::new(None),
+            left: AtomicBool::new(false),
+            thread: Mutex::new(None),
+        });
+        let (own, runtime) = (host.clone(), tokio::runtime::Handle::current());
+        let body = move || {
+            if let Some(before) = before {
+                before.join();
+            }
+            own.run(&shared, &group, &assignment, &runtime);
+        };
+        match thread::Builder::new()
+            .name(format!("rank-{}", host.rank))
+            .spawn(body)
+        {
+            Ok(thread) => *lock(&host.thread) = Some(thread),
+            Err(error) => {
+                *lock(&host.state) = State::Broken(format!("no thread for the rank: {error}"))
+            }
+        }
+        host
+    }
+
+    /// Tells the rank to leave its group; returns at once.
+    pub fn leave(&self) {
+        self.left.store(true, Ordering::Release);
+        if let Some(interrupter) = lock(&self.interrupter).as_ref() {
+            interrupter.interrupt();
+        }
+        // The engine's thread ends when its handle is gone.
+        *lock(&self.state) = State::Broken("this node has left the group".into());
+    }
+
+    /// Waits until the thread has ended and its memory is free.
+    pub fn join(&self) {
+        let thread = lock(&self.thread).take();
+        if thread.is_some_and(|t| t.join().is_err()) {
+            tracing::error!(group = %self.group, epoch = %self.epoch, "the rank's thread panicked");
+        }
+    }
+
+    pub fn health(&self) -> GroupHealth {
+        let (active_requests, broken) = match &*lock(&self.state) {
+            State::Loading | State::Following | State::Embedder(_) | State::Failed(_) => (0, None),
+            State::Engine(engine) => (engine.active(), engine.broken()),
+            State::Broken(why) => (0, Some(why.clone())),
+        };
+        GroupHealth {
+            group: self.group,
+            epoch: self.epoch,
+            rank: self.rank,
+            active_requests,
+            broken,
+        }
+    }
+
+    /// What this rank serves now, or why it does not.
+    pub fn serving(&self) -> Result<Serving, String> {
+        match &*lock(&self.state) {
+            State::Engine(engine) => Ok(Serving::Engine(engine.clone())),
+            State::Embedder(embedder) => Ok(Serving::Embedder(embedder.clone())),
+            State::Loading => Err("the model is loading".into()),
+            State::Following => Err("this node is not the group's leader".into()),
+            State::Broken(why) | State::Failed(why) => Err(why.clone()),
+        }
+    }
+
+    fn left(&self) -> bool {
+        self.left.load(Ordering::Acquire)
+    }
+
+    /// Nothing changes any more once the rank was told to leave.
+    fn set_state(&self, state: State) -> Result<(), End> {
+        let mut held = lock(&self.state);
+        if self.left() {
+            return Err(End::Left);
+        }
+        *held = state;
+        Ok(())
+    }
+
+    fn run(
+        &self,
+        shared: &Shared,
+        group: &Group,
+        assignment: &RankAssignment,
+        runtime: &tokio::runtime::Handle,
+    ) {
+        let propose = |command: Command| runtime.block_on(shared.control.propose(command));
+        let result = match group.kind {
+            ModelKind::Generate => self.generate(shared, group, assignment, &propose),
+            ModelKind::Embed => self.embed(shared, group, assignment, &propose),
+        };
+        let (group, epoch, rank) = (self.group, self.epoch, self.rank);
+        match result {
+            Ok(()) | Err(End::Left) => tracing::info!(%group, %epoch, %rank, "rank ended"),
+            Err(End::Broken(why)) => {
+                tracing::warn!(%group, %epoch, %rank, why, "the group is broken");
+                let _ = self.set_state(State::Broken(why));
+            }
+            Err(End::Failed(why)) => {
+                tracing::error!(%group, %epoch, %rank, why, "the rank cannot be loaded");
+                if self.set_state(State::Failed(why.clone())).is_ok()
+                    && let Err(error) = propose(Command::RankFailed {
+                        group,
+                        epoch,
+                        rank,
+                        reason: why,
+                    })
+                {
+                    tracing::warn!(%error, "the failure could not be reported");
+                }
+            }
+        }
+    }
+
+    fn generate(
+        &self,
+        shared: &Shared,
+        group: &Group,
+        assignment: &RankAssignment,
+        propose: &dyn Fn(
+            Command,
+        )
+            -> Result<coordinator::control::Outcome, coordinator::control::Error>,
+    ) -> Result<(), End> {
+        let file = ModelFile::open(&group.path).map_err(failed)?;
+        let config = file.config().map_err(failed)?;
+        let context = match group.context_tokens as usize {
+            0 => config.context_tokens,
+            asked => asked,
+        };
+        let capacity = |r: &RankAssignment| RankCapacity {
+            memory_bytes: r.device.memory_bytes,
+            read_bytes_per_s: r.device.read_bytes_per_s,
+        };
+        let capacities: Vec<RankCapacity> = group.ranks.iter().map(capacity).collect();
+        let plan = plan(&config, &capacities, context).map_err(failed)?;
+        // The leader reads its tokenizer before anybody loads: what is wrong with it is told at once.
+        let leads = self.rank == Rank(0);
+        let text = if leads {
+            Some(text::load(&file).map_err(failed)?)
+        } else {
+            None
+        };
+        let device = device(shared, assignment)?;
+        let collective = self.join_group(shared, group)?;
+        *lock(&self.interrupter) = Some(collective.interrupter());
+        if self.left() {
+            return Err(End::Left);
+        }
+        let mut rank = RankModel::load(&file, &plan, collective, device)?;
+        let report = Command::RankReady {
+            group: self.group,
+            epoch: self.epoch,
+            rank: self.rank,
+            report: report(rank.numbers()),
+        };
+        let Some(text) = text else {
+            self.set_state(State::Following)?;
+            propose(report).map_err(|e| End::Broken(e.to_string()))?;
+            return follow(&mut rank).map_err(|error| {
+                if self.left() {
+                    End::Left
+                } else {
+                    End::Broken(error.to_string())
+                }
+            });
+        };
+        let limits = Limits {
+            max_sequences: shared.config.max_sequences,
+            max_waiting: shared.config.max_waiting,
+            step_rows: shared.config.step_rows,
+            context_tokens: plan.context_tokens,
+            blocks: plan.kv_blocks,
+        };
+        let config = EngineConfig {
+            model: group.model.clone(),
+            limits,
+        };
+        let (engine, runner) = Engine::new(
+            rank,
+            Arc::new(text.tokenizer),
+            text.template.map(Arc::new),
+            config,
+        );
+        let engine = Arc::new(engine);
+        self.set_state(State::Engine(engine.clone()))?;
+        // The runner ends when the last handle is gone; only the state's may keep it.
+        let shared_state = Arc::downgrade(&engine);
+        drop(engine);
+        propose(report).map_err(|e| End::Broken(e.to_string()))?;
+        runner.run();
+        let why = shared_state
+            .upgrade()
+            .and_then(|e| e.broken())
+            .unwrap_or_else(|| "the engine has ended".into());
+        if self.left() {
+            Err(End::Left)
+        } else {
+            Err(End::Broken(why))
+        }
+    }
+
+    fn join_group(&self, shared: &Shared, group: &Group) -> Result<Box<dyn Collective>, End> {
+        if group.ranks.len() == 1 {
+            return Ok(Box::new(Local::default()));
+        }
+        let config = GroupConfig {
+            group: self.group.0,
+            epoch: self.epoch.0,
+            rank: self.rank.0 as usize,
+            peers: group.ranks.iter().map(|r| r.data_addr).collect(),
+            key: group.key,
+        };
+        let tcp = Tcp::join(&shared.hub, config, JOIN_TIMEOUT)?;
+        Ok(Shm::upgrade(tcp)?)
+    }
+
+    fn embed(
+        &self,
+        shared: &Shared,
+        group: &Group,
+        assignment: &RankAssignment,
+        propose: &dyn Fn(
+            Command,
+        )
+            -> Result<coordinator::control::Outcome, coordinator::control::Error>,
+    ) -> Result<(), End> {
+        let file = ModelFile::open(&group.path).map_err(failed)?;
+        let embedder = Embedder::load(&file, threads(shared, assignment)).map_err(failed)?;
+        let (heads, all) = (embedder.heads() as u32, |n: usize| (0, n as u32));
+        let report = ShardReport {
+            query_heads: (0, heads),
+            kv_heads: (0, heads),
+            ffn_columns: all(embedder.ffn()),
+            vocab_rows: all(embedder.vocabulary()),
+            layers: embedder.layers() as u32,
+            weight_bytes: embedder.weight_bytes(),
+            mapped_bytes: embedder.weight_bytes(),
+            kv_bytes: 0,
+            context_tokens: embedder.context_tokens() as u32,
+        };
+        self.set_state(State::Embedder(Arc::new(embedder)))?;
+        let ready = Command::RankReady {
+            group: self.group,
+            epoch: self.epoch,
+            rank: self.rank,
+            report,
+        };
+        propose(ready).map_err(|e| End::Broken(e.to_string()))?;
+        Ok(())
+    }
+}
+
+fn threads(shared: &Shared, assignment: &RankAssignment) -> usize {
+    match (shared.config.threads, assignment.device.threads as usize) {
+        (0, 0) => thread::available_parallelism().map_or(1, |n| n.get()),
+        (0, threads) | (threads, _) => threads,
+    }
+}
+
+fn device(shared: &Shared, assignment: &RankAssignment) -> Result<Cpu, End> {
+    match assignment.device.kind {
+        DeviceKind::Cpu => Ok(Cpu::new(threads(shared, assignment), Isa::detect())),
+        DeviceKind::Cuda => Err(End::Failed(format!(
+            "device {} is a GPU, which this version cannot compute on; register the node with its processor",
+            assignment.device.name
+        ))),
+    }
+}
+
+fn report(numbers: &ShardNumbers) -> ShardReport {
+    let range = |r: &std::ops::Range<usize>| (r.start as u32, r.end as u32);
+    ShardReport {
+        query_heads: range(&numbers.query_heads),
+        kv_heads: range(&numbers.kv_heads),
+        ffn_columns: range(&numbers.ffn_columns),
+        vocab_rows: range(&numbers.vocab_rows),
+        layers: numbers.layers as u32,
+        weight_bytes: numbers.weight_bytes,
+        mapped_bytes: numbers.mapped_bytes,
+        kv_bytes: numbers.kv_bytes,
+        context_tokens: numbers.context_tokens as u32,
+    }
+}
