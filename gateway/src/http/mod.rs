@@ -1,0 +1,7 @@
+//! How requests come in and answers go out, whatever they are about: connections, bodies, keys, ids, headers, log.
+//! Not here: what a route does.
+
+pub mod auth;
+pub mod body;
+pub mod layers;
+pub mod server;

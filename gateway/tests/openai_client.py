@@ -1,0 +1,221 @@
+"""Talks to a running cluster with the official `openai` client, as programs do.
+
+Usage: python3 openai_client.py DIR/demo.json
+
+Exits with 1 and says what differs when the gateway does not behave as the client expects.
+"""
+
+import base64
+import json
+import math
+import struct
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import openai
+
+
+def check(condition, what):
+    if not condition:
+        raise AssertionError(what)
+
+
+def http(method, url, key, body=None):
+    """Status and JSON of a plain request, for what the client has no method for."""
+    data = body.encode() if isinstance(body, str) else None if body is None else json.dumps(body).encode()
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+    request = urllib.request.Request(url, data=data, headers=headers, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return reply.status, json.load(reply)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def models(client):
+    listed = {model.id: model for model in client.models.list().data}
+    kinds = {getattr(model, "kind", None): model.id for model in listed.values()}
+    check({"generate", "embed"} <= kinds.keys(), f"a chat and an embedding model are listed: {listed}")
+    one = client.models.retrieve(kinds["generate"])
+    check(one.id == kinds["generate"] and one.object == "model", f"one model is described: {one}")
+    return kinds["generate"], kinds["embed"]
+
+
+def whole_chat(client, model):
+    ask = dict(model=model, messages=[{"role": "user", "content": "Say hello."}], max_tokens=12, temperature=0)
+    raw = client.chat.completions.with_raw_response.create(**ask)
+    check(raw.headers.get("x-request-id"), "an answer has a request id")
+    check(raw.headers.get("cache-control") == "no-store", "no cache may keep an answer")
+    answer = raw.parse()
+    check(answer.object == "chat.completion" and len(answer.choices) == 1, f"one choice: {answer}")
+    choice = answer.choices[0]
+    check(choice.message.role == "assistant" and choice.message.content, f"text came: {choice}")
+    check(choice.finish_reason in ("stop", "length"), f"a reason: {choice}")
+    usage = answer.usage
+    check(0 < usage.completion_tokens <= 12 and usage.prompt_tokens > 0, f"tokens: {usage}")
+    check(usage.total_tokens == usage.prompt_tokens + usage.completion_tokens, f"a sum: {usage}")
+    again = client.chat.completions.create(**ask)
+    check(again.choices[0].message.content == choice.message.content, "greedy answers are the same")
+    return choice.message.content, usage
+
+
+def streamed_chat(client, model, text, usage):
+    stream = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": "Say hello."}],
+        max_tokens=12,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    check(stream.response.headers["content-type"] == "text/event-stream; charset=utf-8", "events are UTF-8")
+    chunks = list(stream)
+    check(chunks[0].choices[0].delta.role == "assistant", f"the first chunk says who speaks: {chunks[0]}")
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    check("".join(pieces) == text, f"streamed {''.join(pieces)!r}, whole {text!r}")
+    reasons = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices and chunk.choices[0].finish_reason]
+    check(len(reasons) == 1, f"one reason: {reasons}")
+    check(not chunks[-1].choices and chunks[-1].usage == usage, f"the usage comes last: {chunks[-1]}")
+    check(all(chunk.usage is None for chunk in chunks[:-1]), "no usage before")
+    check(len({chunk.id for chunk in chunks}) == 1, "one id")
+
+
+def several_choices(client, model):
+    ask = dict(model=model, messages=[{"role": "user", "content": "Name a colour."}], max_tokens=6, n=2, seed=7)
+    first, second = (client.chat.completions.create(**ask) for _ in range(2))
+    check([choice.index for choice in first.choices] == [0, 1], f"two choices: {first}")
+    texts = [[choice.message.content for choice in answer.choices] for answer in (first, second)]
+    check(texts[0] == texts[1], f"the same seed gives the same answers: {texts}")
+
+
+def broken_off_stream(client, model):
+    stream = client.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": "Tell a long story."}], stream=True, max_tokens=2000
+    )
+    for i, _ in enumerate(stream):
+        if i == 3:
+            break
+    stream.close()
+    after = client.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": "Hello"}], max_tokens=2, timeout=30
+    )
+    check(after.choices, "a stream that was broken off does not block the next answer")
+
+
+def completions(client, model):
+    answer = client.completions.create(model=model, prompt="One, two, three,", max_tokens=4, temperature=0)
+    check(answer.object == "text_completion" and answer.choices[0].text, f"a continuation: {answer}")
+    echoed = client.completions.create(model=model, prompt=["One, two, three,"], max_tokens=4, temperature=0, echo=True)
+    expected = "One, two, three," + answer.choices[0].text
+    check(echoed.choices[0].text == expected, f"echo: {echoed.choices[0].text!r}, expected {expected!r}")
+    stream = client.completions.create(model=model, prompt="One, two, three,", max_tokens=4, temperature=0, stream=True)
+    pieces = [chunk.choices[0].text for chunk in stream]
+    check("".join(pieces) == answer.choices[0].text, f"streamed {pieces}")
+    stopped = client.completions.create(model=model, prompt="1 2 3 4 5 6 7", max_tokens=20, temperature=0, stop=" 9")
+    check(" 9" not in stopped.choices[0].text, f"stop: {stopped.choices[0].text!r}")
+
+
+def embeddings(client, model):
+    texts = ["query: Wie hoch ist die Hundesteuer?", "passage: Die Hundesteuer beträgt 96 Euro.", "passage: Bananenbrot"]
+    floats = client.embeddings.create(model=model, input=texts, encoding_format="float")
+    check([item.index for item in floats.data] == [0, 1, 2], f"in order: {[item.index for item in floats.data]}")
+    vectors = [item.embedding for item in floats.data]
+    for vector in vectors:
+        check(abs(math.hypot(*vector) - 1) < 1e-3, "vectors have length 1")
+    dot = lambda a, b: sum(x * y for x, y in zip(a, b))
+    check(dot(vectors[0], vectors[1]) > dot(vectors[0], vectors[2]), "what belongs together is nearer")
+    check(floats.usage.prompt_tokens > 0, f"tokens: {floats.usage}")
+    # Without a format the client asks for base64 and decodes it itself.
+    default = client.embeddings.create(model=model, input=texts[0])
+    check(max(abs(a - b) for a, b in zip(default.data[0].embedding, vectors[0])) < 1e-4, "both encodings agree")
+    raw = client.embeddings.with_raw_response.create(model=model, input=texts[0], encoding_format="base64")
+    encoded = json.loads(raw.text)["data"][0]["embedding"]
+    decoded = struct.unpack(f"<{len(vectors[0])}f", base64.b64decode(encoded))
+    check(max(abs(a - b) for a, b in zip(decoded, vectors[0])) < 1e-4, "base64 is little-endian floats")
+
+
+def refused(kind, status, param, what, call):
+    try:
+        call()
+    except kind as error:
+        check(error.status_code == status, f"{what}: {error.status_code}, expected {status}")
+        check(error.body and error.body.get("message"), f"{what}: an error object: {error.body}")
+        check(param is None or error.param == param, f"{what}: param {error.param}, expected {param}")
+        return error
+    raise AssertionError(f"{what}: accepted")
+
+
+def errors(client, base_url, model, embedder):
+    hello = [{"role": "user", "content": "Hallo"}]
+    chat = client.chat.completions.create
+    stranger = openai.OpenAI(base_url=base_url, api_key="vb-falsch", max_retries=0)
+    refused(openai.AuthenticationError, 401, None, "a wrong key", lambda: stranger.models.list())
+    error = refused(
+        openai.NotFoundError, 404, "model", "an unknown model", lambda: chat(model="gibt-es-nicht", messages=hello)
+    )
+    check(error.code == "model_not_found" and model in error.message, f"names the models: {error.message}")
+    refused(openai.NotFoundError, 404, "model", "an unknown model by id", lambda: client.models.retrieve("gibt-es-nicht"))
+    bad = openai.BadRequestError
+    refused(bad, 400, "messages", "no messages", lambda: chat(model=model, messages=[]))
+    refused(bad, 400, "temperature", "too hot", lambda: chat(model=model, messages=hello, temperature=3))
+    refused(bad, 400, "n", "huge n", lambda: chat(model=model, messages=hello, n=100000))
+    refused(bad, 400, "max_tokens", "negative", lambda: chat(model=model, messages=hello, max_tokens=-1))
+    refused(bad, 400, "logprobs", "logprobs", lambda: chat(model=model, messages=hello, logprobs=True))
+    refused(bad, 400, "model", "a chat with the embedder", lambda: chat(model=embedder, messages=hello))
+    long = [{"role": "user", "content": "Amt " * 20000}]
+    error = refused(bad, 400, None, "a long prompt", lambda: chat(model=model, messages=long))
+    check(error.code == "context_length_exceeded", f"code: {error.code}")
+    error = refused(bad, 400, None, "a long prompt, streamed", lambda: chat(model=model, messages=long, stream=True))
+    check(error.code == "context_length_exceeded", f"a status and not an event in a stream: {error.code}")
+    embed = client.embeddings.create
+    refused(bad, 400, "dimensions", "dimensions", lambda: embed(model=embedder, input="a", dimensions=64))
+    refused(bad, 400, "input", "tokens", lambda: embed(model=embedder, input=[1, 2, 3]))
+    refused(bad, 400, "input", "no texts", lambda: embed(model=embedder, input=[]))
+    status, reply = http("POST", f"{base_url}/chat/completions", client.api_key, '{"model": ')
+    check(status == 400 and reply["error"]["code"] == "invalid_json", f"invalid JSON: {status} {reply}")
+
+
+def sources(base_url, client, model):
+    """Ours: `collections` in a chat, `citations` in its answer, streamed in the last chunk."""
+    root = base_url.removesuffix("/v1")
+    name = f"openai_client {time.time_ns()}"
+    status, made = http("POST", f"{root}/api/collections", client.api_key, {"name": name})
+    check(status == 201, f"a collection: {status} {made}")
+    try:
+        ask = dict(model=model, messages=[{"role": "user", "content": "Was kostet ein Hund?"}], max_tokens=4)
+        extra = {"collections": [made["id"]]}
+        empty = client.chat.completions.create(**ask, extra_body=extra)
+        check(empty.citations == [] and "Keine Fundstelle" in empty.choices[0].message.content, f"nothing found: {empty}")
+        chunks = list(client.chat.completions.create(**ask, extra_body=extra, stream=True))
+        check(getattr(chunks[-1], "citations", None) == [], f"the last chunk: {chunks[-1]}")
+        refused(
+            openai.NotFoundError, 404, "collections", "an unknown collection",
+            lambda: client.chat.completions.create(**ask, extra_body={"collections": ["col_" + "0" * 32]}),
+        )
+    finally:
+        http("DELETE", f"{root}/api/collections/{made['id']}", client.api_key)
+
+
+def main():
+    with open(sys.argv[1], encoding="utf-8") as file:
+        demo = json.load(file)
+    base_url = demo["base_url"].rstrip("/")
+    if not base_url.endswith("/v1"):
+        base_url += "/v1"
+    client = openai.OpenAI(base_url=base_url, api_key=demo["api_key"], max_retries=0, timeout=120)
+    model, embedder = models(client)
+    text, usage = whole_chat(client, model)
+    streamed_chat(client, model, text, usage)
+    several_choices(client, model)
+    broken_off_stream(client, model)
+    completions(client, model)
+    embeddings(client, embedder)
+    errors(client, base_url, model, embedder)
+    sources(base_url, client, model)
+    print("the openai client is served as it expects")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,498 @@
+//! A gateway over HTTP with a real coordinator behind it, but without store and workers: keys, tenants, errors, limits.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use coordinator::Redacted;
+use coordinator::clock;
+use coordinator::control::{
+    Command, ControlHandle, Coordinator, CoordinatorConfig, NewApiKey, Node, api_key,
+};
+use coordinator::identity::Ca;
+use coordinator::ids::{NodeId, Role, TenantId};
+use coordinator::transport::Transport;
+use gateway::{Gateway, GatewayConfig};
+use rag_store::StoreClient;
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+use worker::client::InferenceClient;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A running gateway, its coordinator, and the keys of two tenants.
+struct Site {
+    base: String,
+    http: reqwest::Client,
+    /// Admin of the operator's tenant.
+    operator: String,
+    /// Ordinary key of the operator's tenant.
+    clerk: String,
+    /// Admin of another tenant.
+    neighbour: String,
+    stop: CancellationToken,
+    served: tokio::task::JoinHandle<()>,
+    _coordinator: Coordinator,
+    _dir: tempfile::TempDir,
+}
+
+fn tenant(id: &str) -> TenantId {
+    TenantId::new(id).expect("a tenant id")
+}
+
+async fn propose(control: &ControlHandle, command: Command) {
+    control.propose(command).await.expect("control accepts");
+}
+
+async fn key(control: &ControlHandle, of: &str, name: &str, admin: bool) -> String {
+    let NewApiKey {
+        secret,
+        sha256,
+        key,
+    } = api_key(tenant(of), name, admin, clock::now_ms());
+    propose(control, Command::CreateApiKey { sha256, key }).await;
+    secret
+}
+
+impl Site {
+    async fn start() -> Site {
+        let dir = tempfile::tempdir().expect("directory");
+        let ca = Arc::new(Ca::create("test").expect("CA"));
+        let identity = ca.issue(NodeId(1), "one").expect("identity");
+        let transport =
+            Transport::bind(&identity, "127.0.0.1:0".parse().expect("address")).expect("transport");
+        let addr = transport.local_addr();
+        let control = ControlHandle::connect(transport.clone(), vec![addr]);
+        let config = CoordinatorConfig {
+            node: NodeId(1),
+            dir: dir.path().join("control"),
+            cluster_name: "test".into(),
+            bootstrap: Some(BTreeMap::from([(NodeId(1), addr)])),
+            ca,
+            cluster_key: Redacted::new([7; 32]),
+        };
+        let coordinator =
+            Coordinator::start(config, transport.clone(), control.clone()).expect("coordinator");
+        let node = Node {
+            id: NodeId(1),
+            name: "one".into(),
+            addr,
+            data_addr: None,
+            roles: BTreeSet::from([Role::Coordinator, Role::Gateway]),
+            devices: Vec::new(),
+            up: true,
+            version: "test".into(),
+            incarnation: 1,
+        };
+        let member = control.clone();
+        tokio::spawn(async move { member.run_member(node).await });
+        control
+            .wait_for(PATIENCE, |state| state.nodes.contains_key(&NodeId(1)))
+            .await
+            .expect("registered");
+
+        let now_ms = clock::now_ms();
+        for (id, name) in [
+            ("musterstadt", "Stadt Musterstadt"),
+            ("nachbarort", "Gemeinde Nachbarort"),
+        ] {
+            propose(
+                &control,
+                Command::CreateTenant {
+                    id: tenant(id),
+                    name: name.into(),
+                    now_ms,
+                },
+            )
+            .await;
+        }
+        let operator = key(&control, "musterstadt", "Betrieb", true).await;
+        let clerk = key(&control, "musterstadt", "Sachbearbeitung", false).await;
+        let neighbour = key(&control, "nachbarort", "Verwaltung", true).await;
+        control
+            .wait_for(PATIENCE, |state| state.api_keys.len() == 3)
+            .await
+            .expect("keys are known here");
+
+        let config = GatewayConfig {
+            listen: "127.0.0.1:0".parse().expect("address"),
+            operator_tenant: Some(tenant("musterstadt")),
+            drain_s: 5,
+            ..GatewayConfig::default()
+        };
+        let gateway = Gateway::bind(config).await.expect("a free port");
+        let base = format!("http://{}", gateway.local_addr());
+        let inference = InferenceClient::new(transport.clone(), control.clone());
+        let store = StoreClient::new(transport, control.clone());
+        let stop = CancellationToken::new();
+        let served = tokio::spawn(gateway.run(control, inference, store, stop.clone()));
+        let http = reqwest::Client::builder()
+            .timeout(PATIENCE)
+            .build()
+            .expect("client");
+        Site {
+            base,
+            http,
+            operator,
+            clerk,
+            neighbour,
+            stop,
+            served,
+            _coordinator: coordinator,
+            _dir: dir,
+        }
+    }
+
+    fn request(&self, method: &str, path: &str, key: &str) -> reqwest::RequestBuilder {
+        let method = method.parse().expect("a method");
+        self.http
+            .request(method, format!("{}{path}", self.base))
+            .bearer_auth(key)
+    }
+
+    async fn send(&self, request: reqwest::RequestBuilder) -> (u16, Value) {
+        let response = request.send().await.expect("an answer");
+        let status = response.status().as_u16();
+        let text = response.text().await.expect("a body");
+        (
+            status,
+            serde_json::from_str(&text).unwrap_or(Value::String(text)),
+        )
+    }
+
+    async fn get(&self, path: &str, key: &str) -> (u16, Value) {
+        self.send(self.request("GET", path, key)).await
+    }
+
+    async fn post(&self, path: &str, key: &str, body: &Value) -> (u16, Value) {
+        self.send(self.request("POST", path, key).json(body)).await
+    }
+
+    async fn stop(self) {
+        self.stop.cancel();
+        self.served.await.expect("the gateway ends");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_says_who_it_is_and_what_it_may() {
+    let site = Site::start().await;
+    let (status, me) = site.get("/api/me", &site.operator).await;
+    assert_eq!(status, 200, "{me}");
+    assert_eq!(
+        (&me["tenant"], &me["name"], &me["key"]),
+        (
+            &json!("musterstadt"),
+            &json!("Stadt Musterstadt"),
+            &json!("Betrieb")
+        )
+    );
+    assert_eq!(
+        (&me["admin"], &me["operator"]),
+        (&json!(true), &json!(true))
+    );
+    let (_, me) = site.get("/api/me", &site.neighbour).await;
+    assert_eq!(
+        (&me["admin"], &me["operator"]),
+        (&json!(true), &json!(false))
+    );
+
+    for path in [
+        "/api/tenants",
+        "/api/tenants/musterstadt/keys",
+        "/api/status",
+    ] {
+        assert_eq!(
+            site.get(path, &site.clerk).await.0,
+            403,
+            "{path} with an ordinary key"
+        );
+    }
+    let (status, state) = site.get("/api/status", &site.operator).await;
+    assert_eq!(
+        (status, &state["nodes"][0]["name"]),
+        (200, &json!("one")),
+        "{state}"
+    );
+    assert_eq!(site.get("/api/status", &site.neighbour).await.0, 403);
+
+    let ids = |list: &Value| -> Vec<String> {
+        list["data"]
+            .as_array()
+            .expect("a list")
+            .iter()
+            .map(|t| t["id"].as_str().expect("id").to_owned())
+            .collect()
+    };
+    assert_eq!(
+        ids(&site.get("/api/tenants", &site.operator).await.1),
+        ["musterstadt", "nachbarort"]
+    );
+    assert_eq!(
+        ids(&site.get("/api/tenants", &site.neighbour).await.1),
+        ["nachbarort"]
+    );
+    site.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_are_made_used_and_revoked() {
+    let site = Site::start().await;
+    let path = "/api/tenants/nachbarort/keys";
+    let (status, made) = site
+        .post(path, &site.neighbour, &json!({"name": "Fachverfahren"}))
+        .await;
+    assert_eq!((status, &made["admin"]), (201, &json!(false)), "{made}");
+    let secret = made["secret"].as_str().expect("the key itself");
+    let (status, me) = until(|| site.get("/api/me", secret), |(status, _)| *status == 200).await;
+    assert_eq!((status, &me["key"]), (200, &json!("Fachverfahren")), "{me}");
+
+    let (_, listed) = site.get(path, &site.neighbour).await;
+    assert_eq!(listed["data"].as_array().map(Vec::len), Some(2), "{listed}");
+    assert!(
+        !listed.to_string().contains(secret),
+        "a secret is shown once only"
+    );
+
+    let id = made["id"].as_str().expect("id");
+    let (status, gone) = site
+        .send(site.request("DELETE", &format!("{path}/{id}"), &site.neighbour))
+        .await;
+    assert_eq!((status, &gone["deleted"]), (200, &json!(true)), "{gone}");
+    let (status, _) = until(|| site.get("/api/me", secret), |(status, _)| *status == 401).await;
+    assert_eq!(status, 401);
+    let (status, again) = site
+        .send(site.request("DELETE", &format!("{path}/{id}"), &site.neighbour))
+        .await;
+    assert_eq!(status, 404, "{again}");
+
+    let (_, me) = site.get("/api/me", &site.neighbour).await;
+    let own = format!("{path}/{}", me["key_id"].as_str().expect("id"));
+    assert_eq!(
+        site.send(site.request("DELETE", &own, &site.neighbour))
+            .await
+            .0,
+        400,
+        "nobody locks himself out"
+    );
+    site.stop().await;
+}
+
+/// Asks until `done`, for what travels to the gateway's copy of the control state first.
+async fn until<F: Future<Output = (u16, Value)>>(
+    ask: impl Fn() -> F,
+    done: impl Fn(&(u16, Value)) -> bool,
+) -> (u16, Value) {
+    let deadline = clock::monotonic() + PATIENCE;
+    loop {
+        let answer = ask().await;
+        if done(&answer) || clock::monotonic() > deadline {
+            return answer;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_tenants_things_look_as_things_that_do_not_exist() {
+    let site = Site::start().await;
+    let other = site
+        .get("/api/tenants/musterstadt/keys", &site.neighbour)
+        .await;
+    let unknown = site
+        .get("/api/tenants/unbekannt/keys", &site.neighbour)
+        .await;
+    assert_eq!((other.0, unknown.0), (404, 404));
+    let body = |value: &Value| {
+        value
+            .to_string()
+            .replace("musterstadt", "ID")
+            .replace("unbekannt", "ID")
+    };
+    assert_eq!(body(&other.1), body(&unknown.1));
+    let (status, refused) = site
+        .post(
+            "/api/tenants",
+            &site.neighbour,
+            &json!({"id": "neu", "name": "Neu"}),
+        )
+        .await;
+    assert_eq!(status, 403, "{refused}");
+    for (id, status) in [("neu", 201), ("neu", 409), ("Neu!", 400)] {
+        let (got, body) = site
+            .post(
+                "/api/tenants",
+                &site.operator,
+                &json!({"id": id, "name": "Neu"}),
+            )
+            .await;
+        assert_eq!(got, status, "{id}: {body}");
+    }
+    site.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_refusal_is_openais_error_object() {
+    let site = Site::start().await;
+    let hello = json!([{"role": "user", "content": "Hallo"}]);
+    let bare = |method: &str, path: &str| {
+        site.http.request(
+            method.parse().expect("a method"),
+            format!("{}{path}", site.base),
+        )
+    };
+    let chat = "/v1/chat/completions";
+    let cases = [
+        (bare("GET", "/v1/models"), 401, "invalid_api_key"),
+        (
+            bare("GET", "/v1/models").header("authorization", "Basic dTpw"),
+            401,
+            "invalid_api_key",
+        ),
+        (
+            site.request("GET", "/v1/models", "vb-falsch"),
+            401,
+            "invalid_api_key",
+        ),
+        (
+            site.request("GET", "/v1/nothing", &site.clerk),
+            404,
+            "unknown_url",
+        ),
+        (
+            site.request("POST", "/api/", &site.clerk),
+            404,
+            "unknown_url",
+        ),
+        (
+            site.request("DELETE", "/v1/models", &site.clerk),
+            405,
+            "method_not_allowed",
+        ),
+        (
+            site.request("POST", chat, &site.clerk).body("{\"model\": "),
+            400,
+            "invalid_json",
+        ),
+        (
+            site.request("POST", chat, &site.clerk)
+                .json(&json!({"model": "m"})),
+            400,
+            "invalid_type",
+        ),
+        (
+            site.request("POST", chat, &site.clerk)
+                .json(&json!({"model": "gpt-4", "messages": hello})),
+            404,
+            "model_not_found",
+        ),
+        (
+            site.request("GET", "/v1/models/gpt%2F4", &site.clerk),
+            404,
+            "model_not_found",
+        ),
+        (
+            site.request("GET", "/api/collections/nonsense", &site.clerk),
+            404,
+            "not_found",
+        ),
+        (
+            site.request("GET", "/api/documents/%ff", &site.clerk),
+            400,
+            "invalid_value",
+        ),
+        (
+            site.request("POST", "/api/retrieve", &site.clerk)
+                .json(&json!({"query": ""})),
+            400,
+            "invalid_value",
+        ),
+        // Written out by size: 9 MiB are over the limit of a JSON body.
+        (
+            site.request("POST", chat, &site.clerk)
+                .body(vec![b' '; 9 << 20]),
+            413,
+            "too_large",
+        ),
+    ];
+    for (request, status, code) in cases {
+        let described = format!("{request:?}");
+        let (got, body) = site.send(request).await;
+        let error = &body["error"];
+        assert_eq!(
+            (got, &error["code"]),
+            (status, &json!(code)),
+            "{described}: {body}"
+        );
+        assert!(
+            error["message"].as_str().is_some_and(|m| m.len() > 10) && error["type"].is_string(),
+            "{body}"
+        );
+        assert!(error.get("param").is_some(), "{body}");
+    }
+    site.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_document_over_the_limit_is_refused_with_an_answer_that_the_client_gets_to_read() {
+    let site = Site::start().await;
+    let part = reqwest::multipart::Part::bytes(vec![b'%'; 60 << 20]).file_name("riesig.pdf");
+    let form = reqwest::multipart::Form::new().part("file", part);
+    let path = format!("/api/collections/col_{}/documents", "0".repeat(32));
+    let (status, body) = site
+        .send(site.request("POST", &path, &site.clerk).multipart(form))
+        .await;
+    assert_eq!(
+        (status, &body["error"]["code"]),
+        (413, &json!("too_large")),
+        "{body}"
+    );
+    assert!(
+        body["error"]["message"]
+            .as_str()
+            .is_some_and(|m| m.contains("50 MiB")),
+        "{body}"
+    );
+    site.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn operation_routes_answer_without_a_key_and_say_what_is_missing() {
+    let site = Site::start().await;
+    let get = |path: &str| site.http.get(format!("{}{path}", site.base));
+    assert_eq!(
+        site.send(get("/health")).await,
+        (200, json!({"status": "ok"}))
+    );
+    let (status, ready) = site.send(get("/ready")).await;
+    assert_eq!((status, &ready["ready"]), (503, &json!(false)), "{ready}");
+    let reasons = ready["reasons"].to_string();
+    assert!(
+        reasons.contains("chat model")
+            && reasons.contains("embedding model")
+            && reasons.contains("store"),
+        "{reasons}"
+    );
+
+    assert_eq!(
+        site.get("/v1/models", &site.clerk).await.1,
+        json!({"object": "list", "data": []})
+    );
+    let (status, text) = site.send(get("/metrics")).await;
+    let text = text.as_str().expect("text").to_owned();
+    assert_eq!(status, 200);
+    assert!(
+        text.contains("verbund_http_requests_total{code=\"200\",route=\"/v1/models\"}"),
+        "{text}"
+    );
+    let proxied = get("/metrics").header("x-forwarded-for", "192.0.2.1");
+    assert_eq!(
+        site.send(proxied).await.0,
+        401,
+        "from another machine a key is needed"
+    );
+
+    let (status, description) = site.send(get("/openapi.json")).await;
+    assert_eq!((status, description["openapi"].is_string()), (200, true));
+    site.stop().await;
+}
