@@ -1,0 +1,46 @@
+# Thin: the work is ops/setup, cargo and `verbund up`.
+# Every cargo call selects the whole workspace: one resolution of features, so that nothing third-party compiles twice.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+DATA  ?= $(HOME)/.local/share/verbund/demo
+PORT  ?= 8080
+RANKS ?= 2
+env = eval "$$(ops/setup env)" &&
+
+.PHONY: help build run test test-all bench lint fmt
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+build: ## install what is missing and build the binary with its web page
+	@ops/setup tools
+	@ops/setup page
+	@$(env) cargo build --locked --workspace --all-targets
+
+run: build ## start a whole cluster here, with a demo tenant and example documents
+	@ops/setup models
+	@$(env) exec "$$CARGO_TARGET_DIR/debug/verbund" up --data "$(DATA)" --port $(PORT) --ranks $(RANKS) --examples ops/examples
+
+test: build ## every test that takes seconds, a whole cluster's included
+	@ops/setup models
+	@ops/setup tests
+	@$(env) cargo test --locked --workspace
+
+test-all: test ## and the slow ones
+	@$(env) cargo test --locked --workspace -- --ignored
+
+bench: build ## the engine's figures beside the machine's limits
+	@ops/setup models
+	@$(env) "$$CARGO_TARGET_DIR/debug/kernels"
+
+lint: ## format, clippy and dependency checks
+	@ops/setup tools
+	@ops/setup deny
+	@$(env) cargo fmt --all --check
+	@$(env) cargo clippy --locked --workspace --all-targets -- -D warnings
+	@$(env) cargo deny --offline --locked check bans licenses sources
+	@$(env) if cargo deny fetch db >/dev/null 2>&1; then cargo deny --locked check advisories; \
+		else echo "advisories not checked: their database cannot be reached from here"; fi
+
+fmt: ## format the sources
+	@$(env) cargo fmt --all

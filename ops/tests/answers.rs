@@ -1,0 +1,84 @@
+//! A fresh cluster answers from documents with sources: over HTTP, through the official client, and in the browser.
+
+mod cluster;
+
+use std::path::Path;
+use std::process::Command;
+
+use cluster::{Cluster, example_questions, squeeze};
+use futures::StreamExt;
+use serde_json::json;
+
+/// How many of the example questions must have their passage among the first three citations.
+const FOUND_OF_30: f64 = 28.0 / 30.0;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn example_questions_are_answered_with_the_right_source() {
+    let cluster = Cluster::start(2).await;
+    let collection = cluster.with_examples().await;
+
+    let questions = example_questions();
+    assert!(questions.len() >= 30);
+    let asked = futures::stream::iter(&questions).map(|q| {
+        let (cluster, collection) = (&cluster, &collection);
+        async move {
+            let request = json!({
+                "model": "SmolLM2-135M-Instruct", "max_tokens": 1, "temperature": 0,
+                "messages": [{"role": "user", "content": q["question"]}], "collections": [collection],
+            });
+            let (code, body) = cluster.post("/v1/chat/completions", request).await;
+            assert_eq!(code, 200, "{body}");
+            let passage = squeeze(q["passage"].as_str().expect("passage"));
+            let citations = body["citations"].as_array().cloned().unwrap_or_default();
+            let found = citations.iter().take(3).any(|c| {
+                c["document"] == q["document"] && squeeze(c["passage"].as_str().unwrap_or_default()).contains(&passage)
+            });
+            if !found {
+                println!("not among the first three: {}", q["question"]);
+            }
+            found
+        }
+    });
+    let found = asked
+        .buffer_unordered(4)
+        .filter(|found| std::future::ready(*found))
+        .count()
+        .await;
+    println!(
+        "{found} of {} passages among the first three citations",
+        questions.len()
+    );
+    assert!(
+        found as f64 >= FOUND_OF_30 * questions.len() as f64,
+        "only {found} of {}",
+        questions.len()
+    );
+
+    run_python_client(&cluster);
+    run_browser(&cluster);
+}
+
+/// The official `openai` client: models, streamed and whole chat completions, embeddings, error classes.
+fn run_python_client(cluster: &Cluster) {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../gateway/tests/openai_client.py");
+    let python = std::env::var("VERBUND_PYTHON").unwrap_or_else(|_| "python3".into());
+    let done = Command::new(python)
+        .arg(script)
+        .arg(cluster.dir().join("demo.json"))
+        .status()
+        .expect("python");
+    assert!(done.success(), "the openai client's checks failed");
+}
+
+/// Headless Chromium: ask, see the answer stream in, open a citation; axe-core finds no violation.
+fn run_browser(cluster: &Cluster) {
+    let ui = Path::new(env!("CARGO_MANIFEST_DIR")).join("../gateway/ui");
+    let done = Command::new("node")
+        .current_dir(&ui)
+        .args(["tests/browser.mjs"])
+        .arg(cluster.dir().join("demo.json"))
+        .arg(cluster.dir())
+        .status()
+        .expect("node");
+    assert!(done.success(), "the browser's checks failed");
+}
