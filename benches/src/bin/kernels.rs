@@ -1,0 +1,146 @@
+//! Microbenchmark of the kernels against this machine's measured floors.
+//!
+//! `kernels [THREADS]` prints, for the matrix shapes of SmolLM2 and of Llama 3.2 1B in each format: how fast one row is
+//! multiplied (decode: bytes of weights a second, and the share of the measured reading speed) and how fast 512 rows are
+//! (prefill: operations a second, and the share of the measured 8-bit peak). Matrices for decode are as many as exceed the
+//! caches, except SmolLM2's, whose whole model fits in them.
+
+use std::time::Instant;
+
+use kernels::{Cpu, Device, Format, Isa, SeqSpan, WeightRows, measure};
+
+const PREFILL_ROWS: usize = 512;
+/// Seconds that each measurement may take.
+const BUDGET_S: f64 = 0.5;
+/// Weights that are cycled through in decode.
+const DECODE_BYTES: usize = 128 << 20;
+
+fn main() {
+    let threads = std::env::args()
+        .nth(1)
+        .and_then(|a| a.parse().ok())
+        .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
+    let cpu = Cpu::new(threads, Isa::detect());
+    let (read, peak) = (
+        measure::read_bandwidth(threads),
+        measure::int8_peak(threads),
+    );
+    println!(
+        "{threads} threads, {}: reads {:.1} GB/s, 8-bit products {:.0} GOPS",
+        cpu.isa(),
+        read / 1e9,
+        peak / 1e9
+    );
+    println!(
+        "{:<24} {:>6} {:>12} {:>7} {:>12} {:>7}",
+        "shape", "format", "decode GB/s", "share", "prefill GOPS", "share"
+    );
+    let smol = [Format::Q4_1, Format::Q8_0, Format::F16];
+    let large = [
+        Format::Q4_0,
+        Format::Q4_1,
+        Format::Q5_0,
+        Format::Q8_0,
+        Format::Q4_K,
+        Format::Q5_K,
+        Format::Q6_K,
+        Format::F16,
+        Format::BF16,
+        Format::F32,
+    ];
+    let shapes: [(&str, usize, usize, &[Format], usize); 5] = [
+        ("SmolLM2 576x576", 576, 576, &smol, 0),
+        ("SmolLM2 gate 1536x576", 1536, 576, &smol, 0),
+        ("SmolLM2 down 576x1536", 576, 1536, &smol, 0),
+        ("1B gate 8192x2048", 8192, 2048, &large, DECODE_BYTES),
+        (
+            "1B down 2048x8192",
+            2048,
+            8192,
+            &[Format::Q4_0, Format::Q4_K],
+            DECODE_BYTES,
+        ),
+    ];
+    for (name, rows, cols, formats, bytes) in shapes {
+        for &format in formats {
+            let (decode, prefill) = matmul(&cpu, format, rows, cols, bytes);
+            println!(
+                "{name:<24} {:>6} {:>12.2} {:>6.0}% {:>12.0} {:>6.0}%",
+                format!("{format:?}"),
+                decode / 1e9,
+                100.0 * decode / read,
+                prefill / 1e9,
+                100.0 * prefill / peak
+            );
+        }
+    }
+    attention(&cpu);
+}
+
+/// Calls `f` until the budget is used up; the best time of one call.
+fn best(mut f: impl FnMut()) -> f64 {
+    let (begin, mut best) = (Instant::now(), f64::INFINITY);
+    while begin.elapsed().as_secs_f64() < BUDGET_S {
+        let start = Instant::now();
+        f();
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    best
+}
+
+/// Bytes a second with one row, operations a second with [`PREFILL_ROWS`].
+fn matmul(cpu: &Cpu, format: Format, rows: usize, cols: usize, bytes: usize) -> (f64, f64) {
+    // Zero scales and codes: no kernel's speed depends on the values.
+    let data = vec![0u8; rows * format.row_bytes(cols)];
+    let copies = bytes.div_ceil(data.len()).max(1);
+    let packed: Vec<_> = (0..copies)
+        .map(|_| {
+            cpu.pack(WeightRows::new(format, rows, cols, &data))
+                .expect("memory for the weights")
+        })
+        .collect();
+    let x: Vec<f32> = (0..PREFILL_ROWS * cols)
+        .map(|i| ((i * 31 % 127) as f32 - 63.0) / 64.0)
+        .collect();
+    let mut out = vec![0.0; PREFILL_ROWS * rows];
+    let decode = best(|| {
+        packed
+            .iter()
+            .for_each(|w| cpu.matmul(&[w], &x, 1, &mut [&mut out]))
+    });
+    let prefill = best(|| cpu.matmul(&[&packed[0]], &x, PREFILL_ROWS, &mut [&mut out]));
+    let weights: usize = packed.iter().map(|w| cpu.matrix_bytes(w)).sum();
+    (
+        weights as f64 / decode,
+        (2 * rows * cols * PREFILL_ROWS) as f64 / prefill,
+    )
+}
+
+fn attention(cpu: &Cpu) {
+    for (heads, kv_heads, dim, context) in [(9, 3, 64, 2048), (32, 8, 64, 2048)] {
+        let blocks: Vec<u32> = (0..(context as u32 + 512) / 16).collect();
+        let kv = cpu
+            .kv_alloc(1, kv_heads, dim, blocks.len())
+            .expect("memory for the cache");
+        let q = vec![0.1; 512 * heads * dim];
+        let mut out = q.clone();
+        let mut time = |rows, context| {
+            let span = SeqSpan {
+                first_row: 0,
+                rows,
+                context,
+                blocks: &blocks,
+            };
+            best(|| cpu.attention(&q, &kv, 0, heads, &[span], &mut out))
+        };
+        let (decode, prefill) = (time(1, context), time(512, 0));
+        let bytes = (2 * 2 * context * kv_heads * dim) as f64;
+        println!(
+            "attention {heads}/{kv_heads} heads of {dim}: one row over {context}: {:.0} µs, {:.1} GB/s; 512 rows: {:.1} ms, {:.0} GFLOPS",
+            decode * 1e6,
+            bytes / decode / 1e9,
+            prefill * 1e3,
+            (2 * 512 * 512 * heads * dim) as f64 / prefill / 1e9
+        );
+    }
+}
