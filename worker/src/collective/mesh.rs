@@ -8,7 +8,7 @@ use std::net::TcpStream;
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
-use super::frame::{HEADER_BYTES, Kind, MAX_PAYLOAD_BYTES, Opener, Sealer};
+use super::frame::{HEADER_BYTES, Kind, MAX_PAYLOAD_BYTES, Opener, Sealer, TAG_BYTES};
 use super::{Error, Interrupter};
 
 /// Busy polling before a wait blocks: about one hop on a fast network; longer would steal the core that computes.
@@ -19,8 +19,8 @@ const NAP: Duration = Duration::from_millis(20);
 pub const STEP_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest message: all logits of a large step.
 pub const MAX_MESSAGE_BYTES: usize = 512 << 20;
-/// Read from a socket at once.
-const READ_BYTES: usize = 256 << 10;
+/// Room for received bytes: the largest frame, and as much again of the next so that a read is seldom cut short.
+const INCOMING_BYTES: usize = 2 * (HEADER_BYTES + MAX_PAYLOAD_BYTES + TAG_BYTES);
 
 /// One rank's connections, by rank; `None` at its own place.
 pub struct Mesh {
@@ -38,9 +38,10 @@ pub struct Link {
     /// Sealed bytes on their way out, and how many are gone.
     outgoing: Vec<u8>,
     sent: usize,
-    /// Received bytes, and how many are used up.
-    incoming: Vec<u8>,
+    /// Received bytes lie in `incoming[used..filled]`; the buffer keeps its length, since a read happens at every poll.
+    incoming: Box<[u8]>,
     used: usize,
+    filled: usize,
     /// The message being put together.
     message: Vec<u8>,
     complete: bool,
@@ -73,8 +74,9 @@ impl Link {
             opener,
             outgoing,
             sent: 0,
-            incoming: Vec::new(),
+            incoming: vec![0; INCOMING_BYTES].into_boxed_slice(),
             used: 0,
+            filled: 0,
             message: Vec::new(),
             complete: false,
             wanted: false,
@@ -126,14 +128,13 @@ impl Link {
                 moved = true;
                 continue;
             }
-            let filled = self.incoming.len();
-            self.incoming.resize(filled + READ_BYTES, 0);
-            let read = self.stream.read(&mut self.incoming[filled..]);
-            self.incoming
-                .truncate(filled + read.as_ref().map_or(0, |&n| n));
-            match read {
+            self.make_room();
+            match self.stream.read(&mut self.incoming[self.filled..]) {
                 Ok(0) => return Err(self.lost("connection closed")),
-                Ok(_) => moved = true,
+                Ok(n) => {
+                    self.filled += n;
+                    moved = true;
+                }
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(moved),
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
                 Err(e) => return Err(self.lost(&e.to_string())),
@@ -142,9 +143,20 @@ impl Link {
         Ok(moved)
     }
 
+    /// Moves a frame that has begun to the front when the rest of it might not fit behind it.
+    fn make_room(&mut self) {
+        if self.used == self.filled {
+            (self.used, self.filled) = (0, 0);
+        } else if self.incoming.len() - self.used < INCOMING_BYTES / 2 {
+            self.incoming.copy_within(self.used..self.filled, 0);
+            self.filled -= self.used;
+            self.used = 0;
+        }
+    }
+
     /// Opens the next frame if all of it is there.
     fn open_one(&mut self) -> Result<bool, Error> {
-        let waiting = &self.incoming[self.used..];
+        let waiting = &self.incoming[self.used..self.filled];
         let Some(header) = waiting.first_chunk::<HEADER_BYTES>() else {
             return Ok(false);
         };
@@ -164,13 +176,6 @@ impl Link {
         self.message.extend_from_slice(payload);
         self.complete = kind != Kind::Part;
         self.used += len;
-        if self.used == self.incoming.len() {
-            self.incoming.clear();
-            self.used = 0;
-        } else if self.used > READ_BYTES {
-            self.incoming.drain(..self.used);
-            self.used = 0;
-        }
         Ok(true)
     }
 
@@ -336,15 +341,16 @@ impl Mesh {
     }
 }
 
-/// Lets the kernel find out within about four seconds that the other host is gone without a word (power, cable); a dead process
-/// closes its connections at once.
+/// Lets the kernel find out within about four seconds that the other host is gone without a word (power, cable) while nothing is
+/// under way to it; a dead process closes its connections at once. There is no `TCP_USER_TIMEOUT`: it would also end a connection
+/// whose reader only computes for long and takes nothing in meanwhile, and it would replace the count of probes here. Bytes that
+/// are under way to a dead host are [`STEP_TIMEOUT`]'s to notice.
 fn notice_dead_hosts(stream: &TcpStream) {
     let options = [
         (libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1),
         (libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, 1),
         (libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, 1),
         (libc::IPPROTO_TCP, libc::TCP_KEEPCNT, 3),
-        (libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, 4000),
     ];
     for (level, name, value) in options {
         let value: libc::c_int = value;
