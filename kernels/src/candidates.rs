@@ -35,17 +35,3 @@ pub fn top_candidates(logits: &[f32], k: usize) -> Vec<(u32, f32)> {
 
 /// Logits compared at once before any is looked at singly.
 const CHUNK: usize = 64;
-
-/// `ln Σ exp(x)`, summed in f64 after taking out the largest. Of no logits it is -∞.
-pub fn log_sum_exp(logits: &[f32]) -> f32 {
-    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    if !largest.is_finite() {
-        return if logits.iter().any(|x| x.is_nan()) {
-            f32::NAN
-        } else {
-            largest
-        };
-    }
-    let sum: f64 = logits.iter().map(|&x| f64::from((x - largest).exp())).sum();
-    (f64::from(largest) + sum.ln()) as f32
-}

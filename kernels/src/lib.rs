@@ -23,8 +23,8 @@ pub mod format;
 pub mod isa;
 pub mod measure;
 
-pub use candidates::{log_sum_exp, top_candidates};
+pub use candidates::top_candidates;
 pub use cpu::Cpu;
-pub use device::{BLOCK_TOKENS, Device, Error, Llama3Scaling, Rope, SeqSpan, WeightRows};
+pub use device::{BLOCK_TOKENS, Device, Error, Rope, SeqSpan, WeightRows, to_grid};
 pub use format::{Format, dequantize_row, quantize_row};
 pub use isa::Isa;

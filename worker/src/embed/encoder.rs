@@ -71,7 +71,7 @@ impl Embedder {
     /// Loads a GGUF file of architecture `bert`; `threads` at least 1.
     ///
     /// # Errors
-    /// Another architecture, missing or misshapen tensors, or a tokenizer that cannot be used.
+    /// Another architecture, missing or misshapen tensors, values that are not finite, or a tokenizer that cannot be used.
     pub fn load(file: &ModelFile, threads: usize) -> Result<Self, Error> {
         let meta = file.metadata();
         let architecture = meta.str("general.architecture").unwrap_or("none");
@@ -188,7 +188,7 @@ impl Embedder {
     /// vector is the mean of theirs, weighted by their tokens.
     ///
     /// # Errors
-    /// The tokenizer fails on a text.
+    /// The tokenizer fails on a text, or the model computes a value that is not finite.
     pub fn embed<S: AsRef<str>>(
         &self,
         texts: &[S],
@@ -245,6 +245,14 @@ impl Embedder {
         for vector in &mut vectors {
             let length = vector.iter().map(|v| v * v).sum::<f32>().max(1e-12).sqrt();
             vector.iter_mut().for_each(|v| *v /= length);
+            // An index must never hold such a vector: no distance to it is a number.
+            if !vector.iter().all(|v| v.is_finite()) {
+                return Err(Error::model(
+                    "computed vector",
+                    "finite numbers",
+                    "infinity or NaN; the file is damaged, convert it again",
+                ));
+            }
         }
         Ok((vectors, tokens))
     }
@@ -326,8 +334,6 @@ impl Embedder {
         let buffer = || vec![0.0f32; rows * hidden];
         let (mut q, mut k, mut v, mut context) = (buffer(), buffer(), buffer(), buffer());
         let mut inner = Vec::new();
-        let longest = windows.iter().map(|w| w.ids.len()).max().unwrap_or(0);
-        let mask = vec![true; longest];
         for layer in &self.layers {
             device.matmul(
                 &[&layer.q.matrix, &layer.k.matrix, &layer.v.matrix],
@@ -349,7 +355,6 @@ impl Embedder {
                     &v[part.clone()],
                     self.heads,
                     head_dim,
-                    &mask[..len],
                     &mut context[part],
                 );
                 first += len;
@@ -495,6 +500,7 @@ impl Loader<'_> {
                 format!("{:?}", tensor.shape()),
             ));
         }
+        tensor.check_finite(0..rows, 0..tensor.format().row_bytes(cols))?;
         let matrix =
             self.device
                 .pack(WeightRows::new(tensor.format(), rows, cols, tensor.data()))?;
@@ -505,3 +511,6 @@ impl Loader<'_> {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;
