@@ -468,33 +468,7 @@ impl Bench {
             println!("{}", serde_json::to_string_pretty(&report)?);
             return Ok(());
         }
-        println!(
-            "{} · {} threads · {} · loaded in {:.2} s",
-            report.model, report.threads, report.isa, report.load_s
-        );
-        if let Some(rate) = report.prefill_tokens_per_s {
-            println!(
-                "prefill {:>6} tokens       {rate:>10.1} tokens/s",
-                report.prefill_tokens
-            );
-        }
-        if let Some(rate) = report.decode_tokens_per_s {
-            println!(
-                "decode  {:>6} tokens × {:<3} {rate:>10.1} tokens/s",
-                report.decode_tokens, report.batch
-            );
-        }
-        if let Some(perplexity) = report.perplexity {
-            println!(
-                "perplexity {:.4} over {} chunks",
-                perplexity.value, perplexity.chunks
-            );
-        }
-        println!(
-            "memory reads {:.1} GB/s, which allows {:.1} steps/s of one sequence",
-            report.limits.read_bytes_per_s / 1e9,
-            report.limits.decode_steps_per_s
-        );
+        print!("{report}");
         Ok(())
     }
 }

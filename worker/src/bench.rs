@@ -7,13 +7,13 @@ use kernels::{BLOCK_TOKENS, Cpu, Device, Isa};
 use serde::{Deserialize, Serialize};
 
 use crate::collective::Local;
-use crate::file::ModelFile;
+use crate::file::{ModelConfig, ModelFile};
 use crate::kv::{BlockAllocator, BlockTable};
 use crate::model::{self, RankModel, Span, StepBatch};
 use crate::plan::ShardPlan;
 
-/// Rows of one prefill step, as the engine's scheduler makes them.
-pub const PREFILL_ROWS: usize = 512;
+/// Rows of one prefill step: what a worker's scheduler takes at most in a step unless told otherwise.
+pub const PREFILL_ROWS: usize = 256;
 /// Each measurement is repeated this often and the best is reported: on a shared machine the others are noise.
 const REPEATS: usize = 3;
 
@@ -46,10 +46,12 @@ pub struct BenchReport {
     pub batch: usize,
     pub prefill_tokens_per_s: Option<f64>,
     pub decode_tokens_per_s: Option<f64>,
-    /// Packed weights that every decoding step reads.
+    /// Packed weights, which every decoding step reads (an embedding apart from the output matrix only row by row).
     pub weight_bytes: u64,
     pub limits: Limits,
-    /// Share of the floor set by memory that decoding reaches; over 1 where the weights stay in the cache.
+    /// Rate over what the 8-bit peak allows.
+    pub prefill_share_of_peak: Option<f64>,
+    /// Rate over what reading the weights allows; over 1 where they stay in the cache.
     pub decode_share_of_bandwidth: Option<f64>,
     pub load_s: f64,
     pub perplexity: Option<Perplexity>,
@@ -62,6 +64,10 @@ pub struct Limits {
     pub read_bytes_per_s: f64,
     /// Steps a second that one read of all weights a step allows.
     pub decode_steps_per_s: f64,
+    /// 8-bit products of all threads together, a multiply and an add counted as two.
+    pub int8_ops_per_s: f64,
+    /// Prompt tokens a second that these allow, attention not counted.
+    pub prefill_tokens_per_s: f64,
 }
 
 /// Perplexity of a text.
@@ -155,10 +161,13 @@ pub fn run(options: &BenchOptions) -> Result<BenchReport, Error> {
     let decode = best(options.decode, || decode(&mut rank, batch, options.decode))?;
 
     let read_bytes_per_s = kernels::measure::read_bandwidth(threads);
+    let int8_ops_per_s = kernels::measure::int8_peak(threads);
     let weight_bytes = rank.numbers().weight_bytes;
     let limits = Limits {
         read_bytes_per_s,
         decode_steps_per_s: read_bytes_per_s / weight_bytes.max(1) as f64,
+        int8_ops_per_s,
+        prefill_tokens_per_s: int8_ops_per_s / (2 * row_products(&config)).max(1) as f64,
     };
     Ok(BenchReport {
         model: if config.name.is_empty() {
@@ -167,7 +176,7 @@ pub fn run(options: &BenchOptions) -> Result<BenchReport, Error> {
             config.name
         },
         threads,
-        isa: format!("{isa:?}"),
+        isa: isa.name().into(),
         prefill_tokens: options.prefill,
         decode_tokens: options.decode,
         batch,
@@ -175,11 +184,67 @@ pub fn run(options: &BenchOptions) -> Result<BenchReport, Error> {
         decode_tokens_per_s: decode,
         weight_bytes,
         limits,
+        prefill_share_of_peak: prefill.map(|rate| rate / limits.prefill_tokens_per_s),
         decode_share_of_bandwidth: decode
             .map(|rate| rate / batch as f64 / limits.decode_steps_per_s),
         load_s,
         perplexity,
     })
+}
+
+impl std::fmt::Display for BenchReport {
+    /// A line a measurement, each beside the machine's limit.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let share = |share: Option<f64>| 100.0 * share.unwrap_or(0.0);
+        let BenchReport {
+            model,
+            threads,
+            isa,
+            limits,
+            ..
+        } = self;
+        writeln!(
+            f,
+            "{model} · {threads} threads · {isa} · loaded in {:.2} s",
+            self.load_s
+        )?;
+        if let Some(rate) = self.prefill_tokens_per_s {
+            writeln!(
+                f,
+                "prefill {:>6} tokens       {rate:>10.1} tokens/s   {:>4.0} % of {:.1}, which {:.0} GOPS of 8-bit products allow",
+                self.prefill_tokens,
+                share(self.prefill_share_of_peak),
+                limits.prefill_tokens_per_s,
+                limits.int8_ops_per_s / 1e9
+            )?;
+        }
+        if let Some(rate) = self.decode_tokens_per_s {
+            writeln!(
+                f,
+                "decode  {:>6} tokens × {:<3} {rate:>10.1} tokens/s   {:>4.0} % of {:.1}, which reading {:.0} MB a step at {:.1} GB/s allows",
+                self.decode_tokens,
+                self.batch,
+                share(self.decode_share_of_bandwidth),
+                limits.decode_steps_per_s * self.batch as f64,
+                self.weight_bytes as f64 / 1e6,
+                limits.read_bytes_per_s / 1e9
+            )?;
+        }
+        if let Some(perplexity) = self.perplexity {
+            writeln!(
+                f,
+                "perplexity {:.4} over {} chunks",
+                perplexity.value, perplexity.chunks
+            )?;
+        }
+        Ok(())
+    }
+}
+
+/// Products of one row with the weights of all layers.
+fn row_products(config: &ModelConfig) -> usize {
+    let attention = config.hidden * config.head_dim * 2 * (config.heads + config.kv_heads);
+    config.layers * (attention + 3 * config.hidden * config.ffn)
 }
 
 /// The best rate of several runs; `None` if there is nothing to run.
@@ -359,4 +424,15 @@ fn noise(count: usize, vocab: usize) -> Vec<u32> {
         ((state >> 33) % vocab as u64) as u32
     };
     (0..count).map(|_| next()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::service::WorkerConfig;
+
+    #[test]
+    fn a_prefill_step_has_as_many_rows_as_a_workers() {
+        let worker = WorkerConfig::new(0, ([127, 0, 0, 1], 0).into());
+        assert_eq!(super::PREFILL_ROWS, worker.step_rows);
+    }
 }

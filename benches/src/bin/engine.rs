@@ -1,6 +1,6 @@
 //! The engine beside candle's quantised Llama, on the same file and threads in one run.
 //!
-//! `cargo run --release -p benches --features candle --bin engine -- --model F --threads 2`
+//! `cargo run --locked --workspace --features benches/candle --bin engine -- --model F --threads 2`
 
 use std::path::PathBuf;
 
