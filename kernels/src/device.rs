@@ -5,6 +5,15 @@ use crate::format::Format;
 /// Positions in one block of the KV cache.
 pub const BLOCK_TOKENS: usize = 16;
 
+/// Rounds to a multiple of 2⁻³², as f64. Sums of such numbers below 2²⁰ in magnitude are exact in f64's 53 bits, whatever their
+/// order. Larger numbers land on a coarser grid, the same everywhere; NaN and infinities stay what they are.
+#[inline(always)]
+pub fn to_grid(value: f32) -> f64 {
+    // Adding and taking away 1.5·2²⁰ leaves no bit below 2⁻³² (f64 has 52 bits behind the leading one).
+    const SHIFT: f64 = 1_572_864.0;
+    (f64::from(value) + SHIFT) - SHIFT
+}
+
 /// What can go wrong that is not the caller's mistake.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -122,77 +131,15 @@ impl<'a> WeightRows<'a> {
     }
 }
 
-/// Llama 3's stretching of the rope frequencies for contexts longer than the first training's.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Llama3Scaling {
-    pub factor: f32,
-    pub low_freq_factor: f32,
-    pub high_freq_factor: f32,
-    /// `original_max_position_embeddings`, in positions.
-    pub original_max_position: u32,
-}
-
 /// Rotary position embedding of one head.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rope {
     pub head_dim: usize,
-    /// Radians a position, one a pair: `head_dim / 2` of them.
+    /// Radians a position, one a pair: `head_dim / 2` of them; a model's scaling is already in them.
     pub inv_freq: Vec<f32>,
     /// Pairs are neighbours (GGUF's Llama, whose q and k rows are permuted for it); otherwise `i` pairs with
     /// `i + head_dim / 2` (safetensors as Hugging Face writes them).
     pub interleaved: bool,
-}
-
-impl Rope {
-    /// Llama's frequencies, `theta^(-2i / head_dim)`, with Llama 3's scaling where the model has one; pairs in halves.
-    pub fn llama(theta: f32, head_dim: usize, scaling: Option<Llama3Scaling>) -> Rope {
-        let inv_freq = (0..head_dim / 2).map(|i| {
-            let exponent = (2 * i) as f32 / head_dim as f32;
-            let frequency = 1.0 / f64::from(theta).powf(f64::from(exponent));
-            scaling.map_or(frequency, |s| s.apply(frequency)) as f32
-        });
-        Rope {
-            head_dim,
-            inv_freq: inv_freq.collect(),
-            interleaved: false,
-        }
-    }
-
-    /// The same with pairs as neighbours.
-    pub fn interleaved(self) -> Rope {
-        Rope {
-            interleaved: true,
-            ..self
-        }
-    }
-
-    /// The same with each frequency divided by its factor, as GGUF's tensor `rope_freqs.weight` gives them.
-    pub fn divided_by(mut self, factors: &[f32]) -> Rope {
-        for (frequency, factor) in self.inv_freq.iter_mut().zip(factors) {
-            *frequency /= factor;
-        }
-        self
-    }
-}
-
-impl Llama3Scaling {
-    /// Long wavelengths are stretched by `factor`, short ones kept, those between blended (Llama 3.1's `apply_scaling`).
-    fn apply(self, frequency: f64) -> f64 {
-        let wavelength = 2.0 * std::f64::consts::PI / frequency;
-        let original = f64::from(self.original_max_position);
-        let (low, high) = (
-            f64::from(self.low_freq_factor),
-            f64::from(self.high_freq_factor),
-        );
-        if wavelength < original / high {
-            frequency
-        } else if wavelength > original / low {
-            frequency / f64::from(self.factor)
-        } else {
-            let smooth = (original / wavelength - low) / (high - low);
-            (1.0 - smooth) * frequency / f64::from(self.factor) + smooth * frequency
-        }
-    }
 }
 
 /// The rows of one sequence within a step's batch.
@@ -246,6 +193,10 @@ pub trait Device: Send + Sync + 'static {
     /// up). Quantised weights meet activations of 8 bits with a scale per 32; F32, F16 and BF16 ones are computed in f32. A
     /// value that is not finite makes its row's results NaN.
     fn matmul(&self, w: &[&Self::Matrix], x: &Self::Buf, rows: usize, out: &mut [&mut Self::Buf]);
+    /// `sum[rows, w[i].rows] = Σᵢ to_grid(xᵢ · w[i]ᵀ)`: one rank's part of a product whose columns are divided between ranks. The
+    /// parts' columns lie side by side in `x[rows, Σ w[i].cols]`. Each part is rounded by [`to_grid`] and added in order, so that the
+    /// sum over all parts of all ranks has the same bits however the parts are dealt out. No part gives zeros.
+    fn matmul_sum(&self, w: &[&Self::Matrix], x: &Self::Buf, rows: usize, sum: &mut [f64]);
     /// `out[first_row + i] = table[ids[i]]`; an id outside the table (another rank's part of the vocabulary) gives zeros.
     fn embed(&self, table: &Self::Matrix, ids: &[u32], out: &mut Self::Buf, first_row: usize);
     /// `out = x / sqrt(mean(x²) + eps) * weight`, row by row; the width is `weight`'s length.
@@ -257,8 +208,8 @@ pub trait Device: Send + Sync + 'static {
         eps: f32,
         out: &mut Self::Buf,
     );
-    /// `x[..len] += y[..len]`.
-    fn add(&self, x: &mut Self::Buf, y: &Self::Buf, len: usize);
+    /// `x[..sum.len()] += sum`, rounded to f32 first.
+    fn add_sum(&self, x: &mut Self::Buf, sum: &[f64]);
     /// `gate[..len] = silu(gate) * up`.
     fn silu_gate(&self, gate: &mut Self::Buf, up: &Self::Buf, len: usize);
     /// Rotates `x[rows, heads, head_dim]` in place by each row's position.
@@ -277,7 +228,7 @@ pub trait Device: Send + Sync + 'static {
     ) -> Result<Self::Kv, Error>;
     /// Bytes of the cache.
     fn kv_bytes(&self, kv: &Self::Kv) -> usize;
-    /// Stores rows of `k` and `v`, `[slots.len(), kv_heads, head_dim]`; a slot is `block * BLOCK_TOKENS + offset`.
+    /// Stores rows of `k` and `v`, `[slots.len(), kv_heads, head_dim]`, rounded to f16; a slot is `block * BLOCK_TOKENS + offset`.
     fn kv_write(
         &self,
         kv: &mut Self::Kv,

@@ -4,9 +4,10 @@
 
 use std::hint::black_box;
 use std::sync::Barrier;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::Instant;
 
+use crate::cpu::bytes::{Bytes, Pages};
 use crate::cpu::simd::{Job, Simd, dispatch};
 use crate::isa::Isa;
 
@@ -20,14 +21,27 @@ pub fn read_bandwidth(threads: usize) -> f64 {
     let threads = threads.max(1);
     let isa = Isa::detect();
     let words = STREAM_BYTES / 4 / threads / 64 * 64;
-    let seconds = slowest(
-        threads,
-        || vec![1.0f32; words],
-        |part| {
+    let failed = AtomicBool::new(false);
+    // In huge pages, as weights are, and written once, or all of it would be the one page of zeros.
+    let part = || {
+        let part = Bytes::zeroed(4 * words, "a measurement", Pages::Huge);
+        part.map(|mut part| {
+            part.fill(1);
+            part
+        })
+    };
+    let seconds = slowest(threads, part, |part| match part {
+        Ok(part) => {
+            let sum = Sum(bytemuck::cast_slice(part));
             // SAFETY: `detect` gives an available instruction set; the slice is valid.
-            black_box(unsafe { dispatch(isa, Sum(part)) });
-        },
-    );
+            black_box(unsafe { dispatch(isa, sum) });
+        }
+        Err(_) => failed.store(true, Relaxed),
+    });
+    if failed.into_inner() {
+        // Without the memory to measure with there is nothing to promise.
+        return 1.0;
+    }
     (words * 4 * threads) as f64 / seconds
 }
 

@@ -2,7 +2,7 @@
 
 mod material;
 
-use kernels::{Cpu, Device, Error, Format, Isa, WeightRows};
+use kernels::{Cpu, Device, Error, Format, Isa, WeightRows, to_grid};
 use material::*;
 
 /// Widths that are one block, an odd number of blocks, SmolLM2's, and K-quants' smallest.
@@ -126,6 +126,90 @@ fn a_row_is_the_same_in_any_company_and_on_any_number_of_threads() {
             }
         }
     }
+}
+
+#[test]
+fn more_rows_than_one_pass_takes_give_the_bits_of_single_rows() {
+    let mut random = Random(10);
+    let (rows, cols, heights) = (301, 576, 35);
+    for isa in Isa::available()
+        .into_iter()
+        .filter(|&isa| isa != Isa::Scalar)
+    {
+        let (one, three) = (Cpu::new(1, isa), Cpu::new(3, isa));
+        for format in Format::ALL.into_iter().filter(|f| f.block_len() <= 32) {
+            let w = Stored::random(format, heights, cols, Scales::Usual, &mut random);
+            let x = random.activations(rows * cols);
+            let all = multiply(&three, w.view(), &x, rows);
+            for r in 0..rows {
+                let row = multiply(&one, w.view(), &x[r * cols..(r + 1) * cols], 1);
+                assert_eq!(
+                    all[r * heights..(r + 1) * heights],
+                    row,
+                    "{isa} {format:?}, row {r}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_sum_over_column_parts_has_the_bits_of_its_rounded_parts() {
+    let mut random = Random(11);
+    for isa in Isa::available() {
+        for (threads, rows) in [(1, 1), (3, 1), (2, 7), (3, 301)] {
+            if isa == Isa::Scalar && rows > 100 {
+                continue;
+            }
+            let cpu = Cpu::new(threads, isa);
+            for format in [Format::Q4_1, Format::Q8_0, Format::Q6_K, Format::F16] {
+                let (heights, cols, edges) = (75, 1536, [0, 256, 768, 1536]);
+                let w = Stored::random(format, heights, cols, Scales::Usual, &mut random);
+                let x = random.activations(rows * cols);
+                let parts: Vec<_> = edges
+                    .windows(2)
+                    .map(|e| cpu.pack(w.view().columns(e[0]..e[1]).unwrap()).unwrap())
+                    .collect();
+                let mut exact = vec![0.0f64; rows * heights];
+                for (part, e) in parts.iter().zip(edges.windows(2)) {
+                    let columns: Vec<f32> = x
+                        .chunks(cols)
+                        .flat_map(|row| row[e[0]..e[1]].iter().copied())
+                        .collect();
+                    let mut out = vec![0.0; rows * heights];
+                    cpu.matmul(&[part], &columns, rows, &mut [&mut out]);
+                    exact
+                        .iter_mut()
+                        .zip(out)
+                        .for_each(|(sum, v)| *sum += to_grid(v));
+                }
+                // What was there before must not show.
+                let mut sum = vec![f64::NAN; rows * heights];
+                cpu.matmul_sum(&parts.iter().collect::<Vec<_>>(), &x, rows, &mut sum);
+                assert_eq!(sum, exact, "{isa} {format:?}, {rows} rows");
+            }
+        }
+    }
+    let mut sum = vec![f64::NAN; 5];
+    Cpu::new(1, Isa::Scalar).matmul_sum(&[], &Vec::new(), 1, &mut sum);
+    assert_eq!(sum, [0.0; 5]);
+}
+
+#[test]
+fn grid_points_add_up_to_the_same_bits_in_any_order() {
+    let mut random = Random(12);
+    let points: Vec<f64> = random
+        .activations(1000)
+        .iter()
+        .map(|&x| to_grid(x * 1000.0))
+        .collect();
+    let forward: f64 = points.iter().sum();
+    let backward: f64 = points.iter().rev().sum();
+    assert_eq!(forward.to_bits(), backward.to_bits());
+    assert_eq!(to_grid(1.0), 1.0);
+    assert!((to_grid(0.1) - 0.1).abs() < 1e-8);
+    assert!(to_grid(f32::NAN).is_nan());
+    assert_eq!(to_grid(f32::INFINITY), f64::INFINITY);
 }
 
 #[test]

@@ -37,15 +37,11 @@ pub struct Layer<D: Device> {
     /// The output projection's columns, cut at each KV group.
     pub attention_output: Vec<D::Matrix>,
     pub ffn_norm: D::Buf,
-    /// The feed-forward columns, cut into the plan's segments.
-    pub segments: Vec<Segment<D>>,
-}
-
-/// One feed-forward segment.
-pub struct Segment<D: Device> {
+    /// This rank's feed-forward columns' rows.
     pub gate: D::Matrix,
     pub up: D::Matrix,
-    pub down: D::Matrix,
+    /// The down projection's columns, cut into the plan's segments.
+    pub down: Vec<D::Matrix>,
 }
 
 /// A rank's part of the model. Matrices of the vocabulary are absent where a rank has none of its rows.
@@ -151,20 +147,20 @@ impl<D: Device> Loader<'_, D> {
                 })
                 .collect::<Result<_, _>>()?,
             ffn_norm: self.vector(weight(LayerWeight::FfnNorm))?,
-            segments: plan
+            gate: self.matrix(
+                weight(LayerWeight::Gate),
+                shard.ffn_columns.clone(),
+                whole.clone(),
+            )?,
+            up: self.matrix(
+                weight(LayerWeight::Up),
+                shard.ffn_columns.clone(),
+                whole.clone(),
+            )?,
+            down: plan
                 .segments(shard)
-                .map(|columns| {
-                    Ok(Segment {
-                        gate: self.matrix(
-                            weight(LayerWeight::Gate),
-                            columns.clone(),
-                            whole.clone(),
-                        )?,
-                        up: self.matrix(weight(LayerWeight::Up), columns.clone(), whole.clone())?,
-                        down: self.matrix(weight(LayerWeight::Down), whole.clone(), columns)?,
-                    })
-                })
-                .collect::<Result<_, Error>>()?,
+                .map(|columns| self.matrix(weight(LayerWeight::Down), whole.clone(), columns))
+                .collect::<Result<_, _>>()?,
         };
         // What is packed need not stay in memory twice.
         for part in file::LAYER_WEIGHTS {

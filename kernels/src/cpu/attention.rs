@@ -3,8 +3,7 @@
 //! A block's keys lie transposed, `[dim, position]`, so that one vector holds a score of each position; its values lie
 //! `[position, dim]`. Each query meets the blocks of its sequence in order, whatever other queries are near.
 
-use half::f16;
-
+use super::bytes::{Bytes, Pages};
 use super::simd::{Job, Simd, exp};
 use crate::device::{BLOCK_TOKENS, Error, SeqSpan};
 
@@ -22,9 +21,9 @@ pub struct Kv {
     dim: usize,
     blocks: usize,
     /// `[layers, blocks, kv_heads, dim, BLOCK_TOKENS]` f16
-    keys: Vec<u16>,
+    keys: Bytes,
     /// `[layers, blocks, kv_heads, BLOCK_TOKENS, dim]` f16
-    values: Vec<u16>,
+    values: Bytes,
 }
 
 impl Kv {
@@ -46,23 +45,30 @@ impl Kv {
         let len = len
             .filter(|_| bytes <= isize::MAX as usize)
             .ok_or_else(error)?;
-        // Asked for once with an error as answer; zeroed pages come from the system only as they are touched.
-        Vec::<u16>::new()
-            .try_reserve_exact(len)
-            .map_err(|_| error())?;
+        // A sequence's block touches a little of every layer.
+        let zeroed = || Bytes::zeroed(2 * len, "the KV cache", Pages::Sparse);
         Ok(Kv {
             layers,
             kv_heads,
             head_dim,
             dim,
             blocks,
-            keys: vec![0; len],
-            values: vec![0; len],
+            keys: zeroed()?,
+            values: zeroed()?,
         })
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        2 * (self.keys.len() + self.values.len())
+        self.keys.len() + self.values.len()
+    }
+
+    pub(crate) fn kv_heads(&self) -> usize {
+        self.kv_heads
+    }
+
+    /// Floats of one row of keys.
+    pub(crate) fn width(&self) -> usize {
+        self.kv_heads * self.head_dim
     }
 
     /// Where a KV head's part of a block begins, in keys and in values.
@@ -70,24 +76,89 @@ impl Kv {
         ((layer * self.blocks + block) * self.kv_heads + head) * self.dim * BLOCK_TOKENS
     }
 
-    pub(crate) fn write(&mut self, layer: usize, k: &[f32], v: &[f32], slots: &[u32]) {
-        let width = self.kv_heads * self.head_dim;
+    /// The pointers through which [`Store`] writes; everything it is told was checked here.
+    pub(crate) fn target(
+        &mut self,
+        layer: usize,
+        k_len: usize,
+        v_len: usize,
+        slots: &[u32],
+    ) -> Target {
+        let width = self.width();
         assert!(
-            layer < self.layers && k.len() >= slots.len() * width && v.len() >= slots.len() * width
+            layer < self.layers && k_len >= slots.len() * width && v_len >= slots.len() * width
         );
-        for ((&slot, k), v) in slots
-            .iter()
-            .zip(k.chunks_exact(width))
-            .zip(v.chunks_exact(width))
-        {
+        for &slot in slots {
+            assert!(
+                slot as usize / BLOCK_TOKENS < self.blocks,
+                "slot {slot} of {} blocks",
+                self.blocks
+            );
+        }
+        Target {
+            keys: self.keys.as_mut_ptr().cast(),
+            values: self.values.as_mut_ptr().cast(),
+        }
+    }
+}
+
+/// Where [`Store`] writes.
+#[derive(Clone, Copy)]
+pub(crate) struct Target {
+    keys: *mut u16,
+    values: *mut u16,
+}
+
+// SAFETY: each task writes one head's keys or values only.
+unsafe impl Send for Target {}
+// SAFETY: as above.
+unsafe impl Sync for Target {}
+
+/// Stores rows of keys, or of values, of one head, as f16.
+pub(crate) struct Store<'a> {
+    /// The cache that `target` came from.
+    pub kv: &'a Kv,
+    pub target: Target,
+    pub layer: usize,
+    pub head: usize,
+    /// Whether `rows` are keys.
+    pub keys: bool,
+    /// `[slots.len(), kv_heads, head_dim]`
+    pub rows: *const f32,
+    pub slots: &'a [u32],
+}
+
+impl Job for Store<'_> {
+    type Out = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let (dim, head_dim) = (self.kv.dim, self.kv.head_dim);
+        let width = self.kv.width();
+        for (i, &slot) in self.slots.iter().enumerate() {
             let (block, t) = (slot as usize / BLOCK_TOKENS, slot as usize % BLOCK_TOKENS);
-            assert!(block < self.blocks, "slot {slot} of {} blocks", self.blocks);
-            for head in 0..self.kv_heads {
-                let at = self.at(layer, block, head);
-                let row = head * self.head_dim..(head + 1) * self.head_dim;
-                for (d, (&k, &v)) in k[row.clone()].iter().zip(&v[row]).enumerate() {
-                    self.keys[at + d * BLOCK_TOKENS + t] = f16::from_f32(k).to_bits();
-                    self.values[at + t * self.dim + d] = f16::from_f32(v).to_bits();
+            let at = self.kv.at(self.layer, block, self.head);
+            for d in (0..head_dim).step_by(S::LANES) {
+                let count = S::LANES.min(head_dim - d);
+                // SAFETY: `Kv::target` checked rows, layer and slots; a vector of values ends within the padded `dim`, and what lies
+                // beyond `head_dim` stays zero.
+                unsafe {
+                    let from = self.rows.add(i * width + self.head * head_dim + d);
+                    let mut floats = [0.0f32; 16];
+                    let x = if count == S::LANES {
+                        S::load(from)
+                    } else {
+                        std::ptr::copy_nonoverlapping(from, floats.as_mut_ptr(), count);
+                        S::load(floats.as_ptr())
+                    };
+                    if self.keys {
+                        let mut halves = [0u16; 16];
+                        S::store_f16(halves.as_mut_ptr(), x);
+                        for (j, &half) in halves[..count].iter().enumerate() {
+                            *self.target.keys.add(at + (d + j) * BLOCK_TOKENS + t) = half;
+                        }
+                    } else {
+                        S::store_f16(self.target.values.add(at + t * dim + d), x);
+                    }
                 }
             }
         }
@@ -167,9 +238,10 @@ pub(crate) struct Attend<'a> {
 
 /// What a query vector carries from block to block.
 #[derive(Clone, Copy)]
-struct Running {
+struct Running<F> {
     largest: f32,
-    total: f32,
+    /// Sums of exponentials, a lane each.
+    total: F,
 }
 
 impl Job for Attend<'_> {
@@ -192,7 +264,8 @@ impl Job for Attend<'_> {
         let mut running = vec![
             Running {
                 largest: f32::NEG_INFINITY,
-                total: 0.0
+                // SAFETY: passed on to whoever made the job.
+                total: unsafe { S::splat(0.0) },
             };
             queries
         ];
@@ -212,12 +285,13 @@ impl Job for Attend<'_> {
             .iter()
             .enumerate()
         {
-            let from = kv.at(self.layer, block as usize, self.part.kv_head);
-            let len = dim * BLOCK_TOKENS;
-            // SAFETY: the slices have `len` floats, a multiple of every vector; `padded` queries have `dim` each.
+            // In bytes, two a number.
+            let from = 2 * kv.at(self.layer, block as usize, self.part.kv_head);
+            let to = from + 2 * dim * BLOCK_TOKENS;
+            // SAFETY: the slices have `dim * BLOCK_TOKENS` floats, a multiple of every vector; `padded` queries have `dim` each.
             unsafe {
-                widen::<S>(&kv.keys[from..from + len], keys);
-                widen::<S>(&kv.values[from..from + len], values);
+                widen::<S>(&kv.keys[from..to], keys);
+                widen::<S>(&kv.values[from..to], values);
                 for i in (0..queries).step_by(TOGETHER) {
                     score::<S>(&q[i * dim..], dim, keys, &mut scores[i * BLOCK_TOKENS..]);
                 }
@@ -233,26 +307,34 @@ impl Job for Attend<'_> {
             }
         }
         for (i, running) in running.iter().enumerate() {
-            for d in 0..head_dim {
-                // SAFETY: as for `q`; each part writes rows and heads of its own.
-                unsafe { *self.out.add(at(i) + d) = acc[i * dim + d] / running.total };
+            // SAFETY: as for `q`; each part writes rows and heads of its own.
+            unsafe {
+                let total = S::sum(running.total);
+                for d in 0..head_dim {
+                    *self.out.add(at(i) + d) = acc[i * dim + d] / total;
+                }
             }
         }
     }
 }
 
+/// `out` from the bytes of f16.
+///
 /// # Safety
-/// As [`Simd`]; `out` is as long as `from`, a multiple of a vector.
+/// As [`Simd`]; `from` holds as many numbers as `out`, a multiple of a vector.
 #[inline(always)]
-unsafe fn widen<S: Simd>(from: &[u16], out: &mut [f32]) {
-    debug_assert!(from.len() == out.len() && from.len().is_multiple_of(S::LANES));
-    for i in (0..from.len()).step_by(S::LANES) {
+unsafe fn widen<S: Simd>(from: &[u8], out: &mut [f32]) {
+    debug_assert!(from.len() == 2 * out.len() && out.len().is_multiple_of(S::LANES));
+    for i in (0..out.len()).step_by(S::LANES) {
         // SAFETY: whole vectors within both.
-        unsafe { S::store(out.as_mut_ptr().add(i), S::load_f16(from.as_ptr().add(i))) };
+        unsafe {
+            let from = from.as_ptr().add(2 * i).cast();
+            S::store(out.as_mut_ptr().add(i), S::load_f16(from));
+        };
     }
 }
 
-/// `scores[i, t] = q[i] · keys[.., t]` for [`TOGETHER`] queries.
+/// `scores[i, t] = q[i] · keys[.., t]` for [`TOGETHER`] queries: at least eight sums under way, to hide an addition's latency.
 ///
 /// # Safety
 /// As [`Simd`]; `q` has `TOGETHER * dim` floats, `keys` `dim` rows of positions, `scores` `TOGETHER` rows.
@@ -260,26 +342,37 @@ unsafe fn widen<S: Simd>(from: &[u16], out: &mut [f32]) {
 unsafe fn score<S: Simd>(q: &[f32], dim: usize, keys: &[f32], scores: &mut [f32]) {
     debug_assert!(q.len() >= TOGETHER * dim && keys.len() == dim * BLOCK_TOKENS);
     debug_assert!(scores.len() >= TOGETHER * BLOCK_TOKENS);
-    for t in (0..BLOCK_TOKENS).step_by(S::LANES) {
-        // SAFETY: by the contract.
-        unsafe {
-            // Even and odd dimensions apart: twice as many sums under way.
-            let mut even = [S::splat(0.0); TOGETHER];
-            let mut odd = [S::splat(0.0); TOGETHER];
+    // SAFETY: by the contract; a block is one vector or two.
+    unsafe {
+        let (q, keys, scores) = (q.as_ptr(), keys.as_ptr(), scores.as_mut_ptr());
+        let (mut first, mut second) = ([S::splat(0.0); TOGETHER], [S::splat(0.0); TOGETHER]);
+        if S::LANES == BLOCK_TOKENS {
+            // Even and odd dimensions apart.
             for d in (0..dim).step_by(2) {
-                let first = S::load(keys.as_ptr().add(d * BLOCK_TOKENS + t));
-                let second = S::load(keys.as_ptr().add((d + 1) * BLOCK_TOKENS + t));
+                let even = S::load(keys.add(d * BLOCK_TOKENS));
+                let odd = S::load(keys.add((d + 1) * BLOCK_TOKENS));
                 for i in 0..TOGETHER {
-                    let q = q.as_ptr().add(i * dim + d);
-                    even[i] = S::fma(S::splat(*q), first, even[i]);
-                    odd[i] = S::fma(S::splat(*q.add(1)), second, odd[i]);
+                    let q = q.add(i * dim + d);
+                    first[i] = S::fma(S::splat(*q), even, first[i]);
+                    second[i] = S::fma(S::splat(*q.add(1)), odd, second[i]);
                 }
             }
             for i in 0..TOGETHER {
-                S::store(
-                    scores.as_mut_ptr().add(i * BLOCK_TOKENS + t),
-                    S::add(even[i], odd[i]),
-                );
+                S::store(scores.add(i * BLOCK_TOKENS), S::add(first[i], second[i]));
+            }
+        } else {
+            for d in 0..dim {
+                let left = S::load(keys.add(d * BLOCK_TOKENS));
+                let right = S::load(keys.add(d * BLOCK_TOKENS + S::LANES));
+                for i in 0..TOGETHER {
+                    let q = S::splat(*q.add(i * dim + d));
+                    first[i] = S::fma(q, left, first[i]);
+                    second[i] = S::fma(q, right, second[i]);
+                }
+            }
+            for i in 0..TOGETHER {
+                S::store(scores.add(i * BLOCK_TOKENS), first[i]);
+                S::store(scores.add(i * BLOCK_TOKENS + S::LANES), second[i]);
             }
         }
     }
@@ -291,7 +384,7 @@ unsafe fn score<S: Simd>(q: &[f32], dim: usize, keys: &[f32], scores: &mut [f32]
 /// As [`Simd`]; `scores` has a block's positions, `values` a row of `acc`'s length for each.
 #[inline(always)]
 unsafe fn accumulate<S: Simd>(
-    running: &mut Running,
+    running: &mut Running<S::F>,
     scores: &mut [f32],
     valid: usize,
     values: &[f32],
@@ -302,30 +395,26 @@ unsafe fn accumulate<S: Simd>(
     scores[valid..].fill(f32::NEG_INFINITY);
     // SAFETY: whole vectors within `scores`, `values` and `acc`, whose lengths are multiples of sixteen.
     unsafe {
-        let mut largest = running.largest;
-        for &s in &scores[..valid] {
-            // A NaN stays: it must show in the result.
-            largest = if s > largest || s.is_nan() {
-                s
-            } else {
-                largest
-            };
+        let scores_at = scores.as_mut_ptr();
+        let mut largest = S::splat(running.largest);
+        for t in (0..BLOCK_TOKENS).step_by(S::LANES) {
+            largest = S::max(S::load(scores_at.add(t)), largest);
         }
+        let largest = S::max_across(largest);
         if largest != running.largest {
-            let shrink = (running.largest - largest).exp();
-            running.total *= shrink;
+            let shrink = S::splat((running.largest - largest).exp());
+            running.total = S::mul(running.total, shrink);
             for d in (0..dim).step_by(S::LANES) {
                 let p = acc.as_mut_ptr().add(d);
-                S::store(p, S::mul(S::load(p), S::splat(shrink)));
+                S::store(p, S::mul(S::load(p), shrink));
             }
             running.largest = largest;
         }
+        // A score that is NaN is no largest, but shows in the total and in the result.
         for t in (0..BLOCK_TOKENS).step_by(S::LANES) {
-            let p = scores.as_mut_ptr().add(t);
-            S::store(p, exp::<S>(S::sub(S::load(p), S::splat(largest))));
-        }
-        for &p in &scores[..valid] {
-            running.total += p;
+            let p = exp::<S>(S::sub(S::load(scores_at.add(t)), S::splat(largest)));
+            S::store(scores_at.add(t), p);
+            running.total = S::add(running.total, p);
         }
         let mut d = 0;
         while dim - d >= 8 * S::LANES {

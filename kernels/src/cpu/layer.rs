@@ -1,4 +1,4 @@
-//! The small operations of a layer: norm, gate, sum, rotation. Each works on a run of rows.
+//! The small operations of a layer: norm, gate, residual sum, rotation. Each works on a run of rows.
 
 use super::simd::{Job, Simd, silu};
 use crate::device::Rope;
@@ -81,18 +81,18 @@ impl Job for SiluGate<'_> {
     }
 }
 
-/// `x += y`.
-pub(crate) struct Add<'a> {
+/// `x += sum`, the sum rounded first.
+pub(crate) struct AddSum<'a> {
     pub x: &'a mut [f32],
-    pub y: &'a [f32],
+    pub sum: &'a [f64],
 }
 
-impl Job for Add<'_> {
+impl Job for AddSum<'_> {
     type Out = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        for (x, y) in self.x.iter_mut().zip(self.y) {
-            *x += y;
+        for (x, &sum) in self.x.iter_mut().zip(self.sum) {
+            *x += sum as f32;
         }
     }
 }

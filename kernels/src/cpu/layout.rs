@@ -14,7 +14,7 @@
 
 use half::f16;
 
-use super::bytes::{Bytes, LINE};
+use super::bytes::{Arena, Bytes, LINE};
 use super::pool::Pool;
 use super::simd::lanes;
 use crate::device::{Error, WeightRows};
@@ -60,7 +60,12 @@ pub(crate) const fn scale_bytes(format: Format) -> usize {
 }
 
 impl Matrix {
-    pub(crate) fn pack(w: WeightRows<'_>, isa: Isa, pool: &Pool) -> Result<Matrix, Error> {
+    pub(crate) fn pack(
+        w: WeightRows<'_>,
+        isa: Isa,
+        pool: &Pool,
+        arena: &Arena,
+    ) -> Result<Matrix, Error> {
         w.check()?;
         let lanes = lanes(isa);
         let (blocks, own_blocks) = (w.cols / BLOCK, w.cols / w.format.block_len());
@@ -73,7 +78,7 @@ impl Matrix {
             (scales_at + own_blocks * scale_bytes(w.format) * lanes).next_multiple_of(LINE);
         let panels = w.rows.div_ceil(lanes);
         let len = panels.saturating_mul(panel_bytes);
-        let mut data = Bytes::zeroed(len, "weights")?;
+        let mut data = arena.zeroed(len, "weights")?;
         let start = SendPtr(data.as_mut_ptr());
         pool.run(panels, &|p| {
             let start = &start;

@@ -4,30 +4,35 @@
 #![allow(clippy::needless_range_loop)] // rows index several arrays at once, and unroll as written
 
 use super::layout::Matrix;
-use super::matmul_int::store;
+use super::matmul_int::{Output, rows_at_once, store_totals};
 use super::simd::{Job, Simd};
 use crate::format::Format;
 
 /// Columns that are summed before their sum is added to the rest.
 const PART: usize = 32;
 
-/// As [`MultiplyInts`](super::matmul_int::MultiplyInts), with `x` as floats `[rows, cols]`.
+/// As [`MultiplyInts`](super::matmul_int::MultiplyInts), with `x` as floats.
 pub(crate) struct MultiplyFloats<'a> {
-    pub w: &'a Matrix,
+    pub parts: &'a [&'a Matrix],
     pub panels: std::ops::Range<usize>,
+    /// `[rows, stride]`
     pub x: *const f32,
+    /// Floats of a row: those of all parts together.
+    pub stride: usize,
     pub rows: usize,
-    pub out: *mut f32,
+    pub out: Output,
 }
 
 impl Job for MultiplyFloats<'_> {
     type Out = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        debug_assert_eq!(self.w.lanes, S::LANES);
+        let Some(first) = self.parts.first() else {
+            return;
+        };
         // SAFETY: passed on to whoever made the job.
         unsafe {
-            match self.w.format {
+            match first.format {
                 Format::F32 => self.run_as::<S, F32>(),
                 Format::F16 => self.run_as::<S, F16>(),
                 Format::BF16 => self.run_as::<S, Bf16>(),
@@ -40,13 +45,20 @@ impl Job for MultiplyFloats<'_> {
 impl MultiplyFloats<'_> {
     #[inline(always)]
     unsafe fn run_as<S: Simd, W: Element>(self) {
+        let rows_at_once = rows_at_once(4 * self.stride);
         let mut r = 0;
         // SAFETY: the panels lie within the matrix, the rows within `x` and `out`.
         unsafe {
             if S::TILES {
+                // Some rows stay in the cache while every panel meets them; only the last few rows are taken panels first.
                 while self.rows - r >= 8 {
-                    self.strip::<S, W, 1, 8>(r);
-                    r += 8;
+                    let end = r + (self.rows - r).min(rows_at_once) / 8 * 8;
+                    for p in self.panels.clone() {
+                        for row in (r..end).step_by(8) {
+                            self.tile::<S, W, 1, 8>(p, row);
+                        }
+                    }
+                    r = end;
                 }
                 if self.rows - r >= 4 {
                     self.strip::<S, W, 2, 4>(r);
@@ -87,22 +99,49 @@ impl MultiplyFloats<'_> {
         panel: usize,
         row: usize,
     ) {
-        let cols = self.w.cols;
+        let mut totals = [[[0.0f64; 16]; R]; P];
         // SAFETY: a panel holds `cols` vectors; the rows exist.
         unsafe {
-            let w = self.w.data.as_ptr().add(panel * self.w.panel_bytes);
-            let x = self.x.add(row * cols);
+            let mut x = self.x.add(row * self.stride);
+            for w in self.parts {
+                let sums = self.part::<S, W, P, R>(w, panel, x);
+                x = x.add(w.cols);
+                for p in 0..P {
+                    self.out
+                        .take::<S, R>(&sums[p], w, panel + p, row, &mut totals[p]);
+                }
+            }
+            if let (Output::Grid(out), Some(w)) = (self.out, self.parts.first()) {
+                for p in 0..P {
+                    store_totals::<S, R>(&totals[p], w, panel + p, row, out);
+                }
+            }
+        }
+    }
+
+    /// One part's sums for a tile whose first row begins at `x`.
+    #[inline(always)]
+    unsafe fn part<S: Simd, W: Element, const P: usize, const R: usize>(
+        &self,
+        w: &Matrix,
+        panel: usize,
+        x: *const f32,
+    ) -> [[S::F; R]; P] {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            let data = w.data.as_ptr().add(panel * w.panel_bytes);
             let mut sums = [[S::splat(0.0); R]; P];
             let mut k = 0;
-            while k < cols {
-                let end = (k + PART).min(cols);
+            while k < w.cols {
+                let end = (k + PART).min(w.cols);
                 let mut part = [[S::splat(0.0); R]; P];
                 while k < end {
                     for p in 0..P {
-                        let w =
-                            W::load::<S>(w.add(p * self.w.panel_bytes + k * S::LANES * W::BYTES));
+                        let at = p * w.panel_bytes + k * S::LANES * W::BYTES;
+                        let weights = W::load::<S>(data.add(at));
                         for r in 0..R {
-                            part[p][r] = S::fma(w, S::splat(*x.add(r * cols + k)), part[p][r]);
+                            let x = S::splat(*x.add(r * self.stride + k));
+                            part[p][r] = S::fma(weights, x, part[p][r]);
                         }
                     }
                     k += 1;
@@ -113,9 +152,7 @@ impl MultiplyFloats<'_> {
                     }
                 }
             }
-            for (p, sums) in sums.iter().enumerate() {
-                store::<S, R>(sums, self.w, panel + p, self.out.add(row * self.w.rows));
-            }
+            sums
         }
     }
 }

@@ -6,30 +6,49 @@
 use super::activations::XBlock;
 use super::layout::{BLOCK, Matrix, code_bytes, scale_bytes};
 use super::simd::{Job, Simd};
+use crate::device::to_grid;
 use crate::format::Format;
 
 /// Bytes of activations that one pass over the panels should keep in the second-level cache.
 const ROWS_BYTES: usize = 192 << 10;
 
+/// Rows of `row_bytes` bytes that one pass over the panels takes: whole tiles.
+pub(crate) fn rows_at_once(row_bytes: usize) -> usize {
+    (ROWS_BYTES / row_bytes.max(1)).next_multiple_of(8).max(8)
+}
+
+/// Where a product goes: `[rows, w.rows]`.
+#[derive(Clone, Copy)]
+pub(crate) enum Output {
+    /// Of one matrix.
+    Floats(*mut f32),
+    /// Of the parts of one matrix: each rounded [`to_grid`], and added up in order.
+    Grid(*mut f64),
+}
+
 /// `out[r * w.rows + n]` for the weight rows of `panels` and the first `rows` rows of `x`.
 pub(crate) struct MultiplyInts<'a> {
-    pub w: &'a Matrix,
+    /// Matrices of one format and height, whose columns lie side by side in `x`: one, or several for [`Output::Grid`].
+    pub parts: &'a [&'a Matrix],
     pub panels: std::ops::Range<usize>,
-    /// `[rows, cols / BLOCK]`.
+    /// `[rows, stride]`
     pub x: *const XBlock,
+    /// Blocks of a row: those of all parts together.
+    pub stride: usize,
     pub rows: usize,
-    /// `[rows, w.rows]`.
-    pub out: *mut f32,
+    pub out: Output,
 }
 
 impl Job for MultiplyInts<'_> {
     type Out = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        debug_assert_eq!(self.w.lanes, S::LANES);
+        let Some(first) = self.parts.first() else {
+            return;
+        };
         // SAFETY: passed on to whoever made the job.
         unsafe {
-            match self.w.format {
+            match first.format {
                 Format::Q8_0 => self.run_as::<S, Q8_0>(),
                 Format::Q4_0 => self.run_as::<S, Q4_0>(),
                 Format::Q4_1 => self.run_as::<S, Q4_1>(),
@@ -49,10 +68,7 @@ impl Job for MultiplyInts<'_> {
 impl MultiplyInts<'_> {
     #[inline(always)]
     unsafe fn run_as<S: Simd, C: Codes>(self) {
-        let blocks = self.w.cols / BLOCK;
-        let rows_at_once = (ROWS_BYTES / (blocks * size_of::<XBlock>()).max(1))
-            .next_multiple_of(8)
-            .max(8);
+        let rows_at_once = rows_at_once(self.stride * size_of::<XBlock>());
         let mut first = 0;
         while first < self.rows {
             let end = (first + rows_at_once).min(self.rows);
@@ -62,22 +78,22 @@ impl MultiplyInts<'_> {
                 unsafe {
                     if S::WIDE_TILE {
                         while end - r >= 8 {
-                            self.tile::<S, C, 8>(p, r, blocks);
+                            self.tile::<S, C, 8>(p, r);
                             r += 8;
                         }
                     }
                     if S::TILES {
                         while end - r >= 4 {
-                            self.tile::<S, C, 4>(p, r, blocks);
+                            self.tile::<S, C, 4>(p, r);
                             r += 4;
                         }
                         if end - r >= 2 {
-                            self.tile::<S, C, 2>(p, r, blocks);
+                            self.tile::<S, C, 2>(p, r);
                             r += 2;
                         }
                     }
                     while r < end {
-                        self.tile::<S, C, 1>(p, r, blocks);
+                        self.tile::<S, C, 1>(p, r);
                         r += 1;
                     }
                 }
@@ -87,50 +103,95 @@ impl MultiplyInts<'_> {
     }
 
     #[inline(always)]
-    unsafe fn tile<S: Simd, C: Codes, const R: usize>(
-        &self,
-        panel: usize,
-        row: usize,
-        blocks: usize,
-    ) {
+    unsafe fn tile<S: Simd, C: Codes, const R: usize>(&self, panel: usize, row: usize) {
+        let mut totals = [[0.0f64; 16]; R];
         // SAFETY: the caller's rows and panel exist; a panel's codes and scales have the sizes of its format.
         unsafe {
-            let codes = self.w.data.as_ptr().add(panel * self.w.panel_bytes);
-            let scales = codes.add(self.w.scales_at);
-            let x = self.x.add(row * blocks);
-            let mut sums = [S::splat(0.0); R];
-            for b in 0..blocks {
-                let codes = codes.add(b * code_bytes(C::FORMAT) * S::LANES);
-                block::<S, C, R>(codes, scales, b, x.add(b), blocks, &mut sums);
+            let mut x = self.x.add(row * self.stride);
+            for w in self.parts {
+                let codes = w.data.as_ptr().add(panel * w.panel_bytes);
+                let scales = codes.add(w.scales_at);
+                let blocks = w.cols / BLOCK;
+                let mut sums = [S::splat(0.0); R];
+                for b in 0..blocks {
+                    let codes = codes.add(b * code_bytes(C::FORMAT) * S::LANES);
+                    block::<S, C, R>(codes, scales, b, x.add(b), self.stride, &mut sums);
+                }
+                x = x.add(blocks);
+                self.out.take::<S, R>(&sums, w, panel, row, &mut totals);
             }
-            store::<S, R>(&sums, self.w, panel, self.out.add(row * self.w.rows));
+            if let (Output::Grid(out), Some(w)) = (self.out, self.parts.first()) {
+                store_totals::<S, R>(&totals, w, panel, row, out);
+            }
         }
     }
 }
 
-/// Writes a tile's lanes that are rows of the matrix.
+impl Output {
+    /// Takes one part's lanes of a tile whose first row is `row`: writes those that are rows of the matrix, or adds to `totals`.
+    ///
+    /// # Safety
+    /// [`Floats`](Output::Floats) is valid for rows `row..row + R` of the matrix' height.
+    #[inline(always)]
+    pub(crate) unsafe fn take<S: Simd, const R: usize>(
+        self,
+        sums: &[S::F; R],
+        w: &Matrix,
+        panel: usize,
+        row: usize,
+        totals: &mut [[f64; 16]; R],
+    ) {
+        let first = panel * S::LANES;
+        let lanes = S::LANES.min(w.rows - first);
+        for (r, &sum) in sums.iter().enumerate() {
+            let mut all = [0.0f32; 16];
+            // SAFETY: a whole vector is written only where that many rows of the matrix follow, or to `all`.
+            unsafe {
+                match self {
+                    Output::Floats(out) => {
+                        let out = out.add((row + r) * w.rows + first);
+                        if lanes == S::LANES {
+                            S::store(out, sum);
+                        } else {
+                            S::store(all.as_mut_ptr(), sum);
+                            std::ptr::copy_nonoverlapping(all.as_ptr(), out, lanes);
+                        }
+                    }
+                    Output::Grid(_) => {
+                        S::store(all.as_mut_ptr(), sum);
+                        for i in 0..S::LANES {
+                            totals[r][i] += to_grid(all[i]);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Writes the totals of a tile that are rows of the matrix.
 ///
 /// # Safety
-/// `out` is valid for `R` rows of the matrix' height.
+/// `out` is valid for rows `row..row + R` of the matrix' height.
 #[inline(always)]
-pub(crate) unsafe fn store<S: Simd, const R: usize>(
-    sums: &[S::F; R],
+pub(crate) unsafe fn store_totals<S: Simd, const R: usize>(
+    totals: &[[f64; 16]; R],
     w: &Matrix,
     panel: usize,
-    out: *mut f32,
+    row: usize,
+    out: *mut f64,
 ) {
     let first = panel * S::LANES;
     let lanes = S::LANES.min(w.rows - first);
-    for (r, &sum) in sums.iter().enumerate() {
-        // SAFETY: a whole vector is written only where that many rows follow.
+    for (r, totals) in totals.iter().enumerate() {
+        // SAFETY: by the contract.
         unsafe {
-            let out = out.add(r * w.rows + first);
+            let out = out.add((row + r) * w.rows + first);
             if lanes == S::LANES {
-                S::store(out, sum);
+                // A constant number of lanes becomes a few vectors.
+                std::ptr::copy_nonoverlapping(totals.as_ptr(), out, S::LANES);
             } else {
-                let mut all = [0.0f32; 16];
-                S::store(all.as_mut_ptr(), sum);
-                std::ptr::copy_nonoverlapping(all.as_ptr(), out, lanes);
+                std::ptr::copy_nonoverlapping(totals.as_ptr(), out, lanes);
             }
         }
     }

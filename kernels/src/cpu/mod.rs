@@ -5,7 +5,7 @@
 
 mod activations;
 mod attention;
-mod bytes;
+pub(crate) mod bytes;
 mod layer;
 mod layout;
 mod matmul_float;
@@ -19,10 +19,10 @@ pub use attention::Kv;
 pub use layout::Matrix;
 
 use activations::{Quantise, XBlock};
-use layer::{Add, Angles, RmsNorm, Rotate, SiluGate};
+use layer::{AddSum, Angles, RmsNorm, Rotate, SiluGate};
 use layout::BLOCK;
 use matmul_float::MultiplyFloats;
-use matmul_int::MultiplyInts;
+use matmul_int::{MultiplyInts, Output};
 use pool::Pool;
 use simd::{Job, dispatch};
 
@@ -32,12 +32,14 @@ use crate::isa::Isa;
 /// Floats for which an elementwise operation is worth another thread (about 5 µs of work).
 const TASK_FLOATS: usize = 16 << 10;
 /// The same for products of a matrix or of attention.
-const TASK_PRODUCTS: usize = 128 << 10;
+const TASK_PRODUCTS: usize = 32 << 10;
 
 /// The processor: an instruction set and some threads.
 pub struct Cpu {
     isa: Isa,
     pool: Pool,
+    /// Where packed matrices lie.
+    weights: bytes::Arena,
     /// The activations of the matmul under way, kept for its memory.
     quantised: Mutex<Vec<XBlock>>,
     /// The angles of the step under way: every layer rotates by the same.
@@ -57,6 +59,7 @@ impl Cpu {
         Cpu {
             isa,
             pool: Pool::new(threads.max(1)),
+            weights: bytes::Arena::default(),
             quantised: Mutex::default(),
             angles: Mutex::default(),
         }
@@ -90,6 +93,75 @@ impl Cpu {
         });
     }
 
+    /// Into how many tasks to cut `panels` panels of so many products each.
+    fn tasks(&self, panels: usize, panel_products: usize) -> usize {
+        (4 * self.threads())
+            .min(panels * panel_products / TASK_PRODUCTS)
+            .clamp(1, panels.max(1))
+    }
+
+    /// Calls `f` with `x[rows, cols]` as the matrices `w` read it.
+    fn with_input(
+        &self,
+        w: &[&Matrix],
+        x: &[f32],
+        rows: usize,
+        cols: usize,
+        f: impl FnOnce(&Input<'_>),
+    ) {
+        let mut kept = self.quantised.try_lock().ok();
+        let mut own = Vec::new();
+        let blocks = kept.as_deref_mut().unwrap_or(&mut own);
+        if w.iter().any(|w| w.format.is_quantised()) {
+            self.quantise(x, rows, cols, blocks);
+        }
+        f(&Input {
+            floats: x,
+            blocks,
+            rows,
+            cols,
+        });
+    }
+
+    /// Multiplies `x` by `panels` of `parts`, whose columns lie side by side in it.
+    ///
+    /// # Safety
+    /// The parts have one format and height, these panels, and the input's columns; the input was made for their format, `out` has room,
+    /// and nobody else writes these panels' columns of it.
+    unsafe fn multiply(
+        &self,
+        parts: &[&Matrix],
+        panels: std::ops::Range<usize>,
+        x: &Input<'_>,
+        out: Output,
+    ) {
+        if panels.is_empty() || x.rows == 0 {
+            return;
+        }
+        // SAFETY: passed on to the caller.
+        unsafe {
+            if parts.iter().any(|w| w.format.is_quantised()) {
+                self.run(MultiplyInts {
+                    parts,
+                    panels,
+                    x: x.blocks.as_ptr(),
+                    stride: x.cols / BLOCK,
+                    rows: x.rows,
+                    out,
+                });
+            } else {
+                self.run(MultiplyFloats {
+                    parts,
+                    panels,
+                    x: x.floats.as_ptr(),
+                    stride: x.cols,
+                    rows: x.rows,
+                    out,
+                });
+            }
+        }
+    }
+
     fn quantise(&self, x: &[f32], rows: usize, cols: usize, out: &mut Vec<XBlock>) {
         let blocks = cols / BLOCK;
         out.clear();
@@ -108,6 +180,14 @@ impl Cpu {
         // SAFETY: every block was written.
         unsafe { out.set_len(rows * blocks) };
     }
+}
+
+/// Rows of activations, as floats and, where a matrix needs it, as bytes.
+struct Input<'a> {
+    floats: &'a [f32],
+    blocks: &'a [XBlock],
+    rows: usize,
+    cols: usize,
 }
 
 /// A pointer that tasks write disjoint parts through.
@@ -138,7 +218,7 @@ impl Device for Cpu {
     type Kv = Kv;
 
     fn pack(&self, w: WeightRows<'_>) -> Result<Matrix, Error> {
-        Matrix::pack(w, self.isa, &self.pool)
+        Matrix::pack(w, self.isa, &self.pool, &self.weights)
     }
 
     fn matrix_bytes(&self, m: &Matrix) -> usize {
@@ -190,7 +270,7 @@ impl Device for Cpu {
         let mut outs = Vec::with_capacity(w.len());
         for (w, out) in w.iter().zip(out.iter_mut()) {
             assert_eq!(w.cols, cols, "matrices that share x have one width");
-            assert_eq!(w.lanes, first.lanes, "packed by another device");
+            assert_eq!(w.lanes, simd::lanes(self.isa), "packed by another device");
             assert!(
                 out.len() >= rows * w.rows,
                 "out has {} floats of {rows} × {}",
@@ -201,55 +281,56 @@ impl Device for Cpu {
             ends.push(panels);
             outs.push(Shared(out.as_mut_ptr()));
         }
-        assert_eq!(
-            first.lanes,
-            simd::lanes(self.isa),
-            "packed for another instruction set"
-        );
+        self.with_input(w, x, rows, cols, |input| {
+            let tasks = self.tasks(panels, first.lanes * cols * rows);
+            self.pool.run(tasks, &|i| {
+                let task = i * panels / tasks..(i + 1) * panels / tasks;
+                let mut before = 0;
+                for ((w, &end), out) in w.iter().zip(&ends).zip(&outs) {
+                    let from = task.start.clamp(before, end) - before;
+                    let to = task.end.clamp(before, end) - before;
+                    before = end;
+                    // SAFETY: lengths were asserted; tasks write different panels, that is, different columns of `out`.
+                    unsafe { self.multiply(&[*w], from..to, input, Output::Floats(out.get())) };
+                }
+            });
+        });
+    }
 
-        let mut kept = self.quantised.try_lock().ok();
-        let mut own = Vec::new();
-        let quantised = kept.as_deref_mut().unwrap_or(&mut own);
-        if w.iter().any(|w| w.format.is_quantised()) {
-            self.quantise(x, rows, cols, quantised);
+    fn matmul_sum(&self, w: &[&Matrix], x: &Vec<f32>, rows: usize, sum: &mut [f64]) {
+        let Some(first) = w.first() else {
+            return sum.fill(0.0);
+        };
+        let width: usize = w.iter().map(|w| w.cols).sum();
+        assert!(
+            x.len() >= rows * width,
+            "x has {} floats, {rows} rows of {width} are read",
+            x.len()
+        );
+        assert_eq!(
+            sum.len(),
+            rows * first.rows,
+            "a sum of {} columns",
+            first.rows
+        );
+        for w in w {
+            // Of one format: so a quantised part begins between blocks.
+            assert_eq!(
+                (w.rows, w.format),
+                (first.rows, first.format),
+                "parts of one matrix"
+            );
+            assert_eq!(w.lanes, simd::lanes(self.isa), "packed by another device");
         }
-        let products = panels * first.lanes * cols * rows;
-        let tasks = (4 * self.threads())
-            .min(products / TASK_PRODUCTS)
-            .clamp(1, panels.max(1));
-        self.pool.run(tasks, &|i| {
-            let task = i * panels / tasks..(i + 1) * panels / tasks;
-            let mut before = 0;
-            for ((w, &end), out) in w.iter().zip(&ends).zip(&outs) {
-                let from = task.start.clamp(before, end) - before;
-                let to = task.end.clamp(before, end) - before;
-                before = end;
-                if from == to {
-                    continue;
-                }
-                // SAFETY: lengths were asserted; tasks write different panels, that is, different columns of `out`.
-                unsafe {
-                    if w.format.is_quantised() {
-                        let x = quantised.as_ptr();
-                        self.run(MultiplyInts {
-                            w,
-                            panels: from..to,
-                            x,
-                            rows,
-                            out: out.get(),
-                        });
-                    } else {
-                        let x = x.as_ptr();
-                        self.run(MultiplyFloats {
-                            w,
-                            panels: from..to,
-                            x,
-                            rows,
-                            out: out.get(),
-                        });
-                    }
-                }
-            }
+        let panels = first.panels();
+        let to = Shared(sum.as_mut_ptr());
+        self.with_input(w, x, rows, width, |input| {
+            let tasks = self.tasks(panels, first.lanes * width * rows);
+            self.pool.run(tasks, &|i| {
+                let task = i * panels / tasks..(i + 1) * panels / tasks;
+                // SAFETY: shapes and formats were asserted; tasks write different panels, that is, different columns of `sum`.
+                unsafe { self.multiply(w, task, input, Output::Grid(to.get())) };
+            });
         });
     }
 
@@ -289,15 +370,15 @@ impl Device for Cpu {
         });
     }
 
-    fn add(&self, x: &mut Vec<f32>, y: &Vec<f32>, len: usize) {
-        let (x, y) = (&mut x[..len], &y[..len]);
+    fn add_sum(&self, x: &mut Vec<f32>, sum: &[f64]) {
+        let x = &mut x[..sum.len()];
         let to = Shared(x.as_mut_ptr());
-        self.by_rows(len, 1, |first, count| {
+        self.by_rows(sum.len(), 1, |first, count| {
             // SAFETY: within `x`, this task's part only.
             unsafe {
-                self.run(Add {
+                self.run(AddSum {
                     x: to.part(first, count),
-                    y: &y[first..first + count],
+                    sum: &sum[first..first + count],
                 })
             }
         });
@@ -370,7 +451,30 @@ impl Device for Cpu {
     }
 
     fn kv_write(&self, kv: &mut Kv, layer: usize, k: &Vec<f32>, v: &Vec<f32>, slots: &[u32]) {
-        kv.write(layer, k, v, slots);
+        let target = kv.target(layer, k.len(), v.len(), slots);
+        let kv = &*kv;
+        let store = |part: usize| {
+            let (head, keys) = (part / 2, part % 2 == 0);
+            let rows = if keys { k.as_ptr() } else { v.as_ptr() };
+            let job = attention::Store {
+                kv,
+                target,
+                layer,
+                head,
+                keys,
+                rows,
+                slots,
+            };
+            // SAFETY: `target` checked rows and slots; each part writes keys or values of one head.
+            unsafe { self.run(job) }
+        };
+        // By heads, not rows: so parts write apart whatever the slots are.
+        let parts = 2 * kv.kv_heads();
+        if 2 * slots.len() * kv.width() < TASK_FLOATS {
+            (0..parts).for_each(store);
+        } else {
+            self.pool.run(parts, &store);
+        }
     }
 
     fn attention(

@@ -1,7 +1,7 @@
 //! How the ranks of a group add up and exchange. Belongs here: the trait, its transports, their frames and keys. Does not
 //! belong here: what is summed.
 //!
-//! Sums are exact: a partial sum is rounded to a fixed grid ([`to_grid`]) before it is added up in f64, where sums of
+//! Sums are exact: a partial sum is rounded to a fixed grid ([`kernels::to_grid`]) before it is added up in f64, where sums of
 //! grid points are free of rounding; so neither order nor number of ranks changes a bit of the result.
 
 mod frame;
@@ -68,25 +68,6 @@ pub trait Collective: Send {
     fn broadcast(&mut self, message: &mut Vec<u8>) -> Result<(), Error>;
     /// Lets another thread end a call that waits.
     fn interrupter(&self) -> Interrupter;
-
-    /// [`Collective::all_reduce_f64`] of f32 values, exact for values on the [`to_grid`] grid.
-    fn all_reduce(&mut self, data: &mut [f32]) -> Result<(), Error> {
-        let mut wide: Vec<f64> = data.iter().map(|&v| to_grid(v)).collect();
-        self.all_reduce_f64(&mut wide)?;
-        for (narrow, wide) in data.iter_mut().zip(wide) {
-            *narrow = wide as f32;
-        }
-        Ok(())
-    }
-}
-
-/// Rounds to a multiple of 2⁻³², as f64. Sums of such numbers below 2²⁰ in magnitude are exact in f64's 53 bits. Larger
-/// numbers land on a coarser grid, the same on every rank; NaN and infinities stay what they are.
-#[inline]
-pub fn to_grid(value: f32) -> f64 {
-    // Adding and taking away 1.5·2²⁰ leaves no bit below 2⁻³² (f64 has 52 bits behind the leading one).
-    const SHIFT: f64 = 1_572_864.0;
-    (f64::from(value) + SHIFT) - SHIFT
 }
 
 /// Ends waiting calls of a group from another thread.

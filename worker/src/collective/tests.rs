@@ -1,6 +1,8 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
+use kernels::to_grid;
+
 use super::*;
 
 const JOIN: Duration = Duration::from_secs(20);
@@ -281,12 +283,4 @@ fn noise_on_the_data_port_does_not_disturb_a_group() {
         assert_eq!(leader.join().unwrap().unwrap(), Ok(()));
         assert_eq!(other.unwrap(), Ok(()));
     });
-}
-
-#[test]
-fn values_that_are_no_numbers_stay_what_they_are() {
-    assert!(to_grid(f32::NAN).is_nan());
-    assert_eq!(to_grid(f32::INFINITY), f64::INFINITY);
-    assert_eq!(to_grid(1.0), 1.0);
-    assert!((to_grid(0.1) - 0.1).abs() < 1e-8);
 }

@@ -111,7 +111,7 @@ impl<D: Device> RankModel<D> {
         let logits = self.model.forward(batch, self.collective.as_mut())?;
         let vocab = &self.numbers.vocab_rows;
         let parts = candidates::parts(
-            &logits,
+            logits,
             batch.logits_rows.len(),
             vocab.clone(),
             batch.full_logits,

@@ -59,8 +59,11 @@ impl Device for ExactKv {
     ) {
         self.0.rms_norm(x, weight, rows, eps, out);
     }
-    fn add(&self, x: &mut Self::Buf, y: &Self::Buf, len: usize) {
-        self.0.add(x, y, len);
+    fn matmul_sum(&self, w: &[&Self::Matrix], x: &Self::Buf, rows: usize, sum: &mut [f64]) {
+        self.0.matmul_sum(w, x, rows, sum);
+    }
+    fn add_sum(&self, x: &mut Self::Buf, sum: &[f64]) {
+        self.0.add_sum(x, sum);
     }
     fn silu_gate(&self, gate: &mut Self::Buf, up: &Self::Buf, len: usize) {
         self.0.silu_gate(gate, up, len);

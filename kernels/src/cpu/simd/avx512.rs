@@ -5,6 +5,8 @@ use std::arch::x86_64::*;
 
 use super::{Job, Simd};
 
+const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+
 /// `VNNI`: whether `vpdpbusd` is there.
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512<const VNNI: bool>;
@@ -51,6 +53,10 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     #[inline(always)]
     unsafe fn load_f16(p: *const u16) -> __m512 {
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn store_f16(p: *mut u16, v: __m512) {
+        unsafe { _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<NEAREST>(v)) }
     }
     #[inline(always)]
     unsafe fn load_bf16(p: *const u16) -> __m512 {
@@ -106,7 +112,7 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     }
     #[inline(always)]
     unsafe fn round(a: __m512) -> __m512 {
-        unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
+        unsafe { _mm512_roundscale_ps::<NEAREST>(a) }
     }
     #[inline(always)]
     unsafe fn pow2(n: __m512) -> __m512 {
@@ -129,9 +135,15 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     }
     #[inline(always)]
     unsafe fn max_across(a: __m512) -> f32 {
-        let mut lanes = [0.0f32; 16];
-        unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), a) };
-        lanes.into_iter().fold(f32::NAN, f32::max)
+        unsafe {
+            let eight = _mm256_max_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps::<1>(a));
+            let four = _mm_max_ps(
+                _mm256_castps256_ps128(eight),
+                _mm256_extractf128_ps::<1>(eight),
+            );
+            let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
+        }
     }
 
     #[inline(always)]

@@ -71,6 +71,8 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn load(p: *const f32) -> Self::F;
     unsafe fn store(p: *mut f32, v: Self::F);
     unsafe fn load_f16(p: *const u16) -> Self::F;
+    /// Rounds to the nearest f16, ties to even.
+    unsafe fn store_f16(p: *mut u16, v: Self::F);
     unsafe fn load_bf16(p: *const u16) -> Self::F;
     unsafe fn load_u8(p: *const u8) -> Self::F;
     unsafe fn load_i8(p: *const u8) -> Self::F;
@@ -94,7 +96,7 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn pow2(n: Self::F) -> Self::F;
     /// The sum of the lanes, in an order of its own that never changes.
     unsafe fn sum(a: Self::F) -> f32;
-    /// The largest lane; NaN only where every lane is.
+    /// The largest lane, where none is NaN.
     unsafe fn max_across(a: Self::F) -> f32;
 
     unsafe fn load_bytes(p: *const u8) -> Self::I;

@@ -62,6 +62,12 @@ impl Simd for Scalar {
         unsafe { read(p) }.map(|x| f16::from_bits(x).to_f32())
     }
     #[inline(always)]
+    unsafe fn store_f16(p: *mut u16, v: F) {
+        let halves = v.map(|x| f16::from_f32(x).to_bits());
+        // SAFETY: the trait's contract.
+        unsafe { p.cast::<[u16; LANES]>().write_unaligned(halves) }
+    }
+    #[inline(always)]
     unsafe fn load_bf16(p: *const u16) -> F {
         // SAFETY: the trait's contract.
         unsafe { read(p) }.map(|x| bf16::from_bits(x).to_f32())
