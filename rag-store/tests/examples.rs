@@ -11,6 +11,14 @@ fn examples() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../ops/examples")
 }
 
+/// Whether a file of the examples is a document; beside them lie the questions and settings.
+fn is_document(path: &Path) -> bool {
+    let kinds = ["pdf", "docx", "odt", "html", "md", "txt"];
+    path.extension()
+        .and_then(|ending| ending.to_str())
+        .is_some_and(|ending| kinds.contains(&ending))
+}
+
 fn chunks() -> BTreeMap<String, Vec<ChunkText>> {
     let mut all = BTreeMap::new();
     for entry in std::fs::read_dir(examples()).expect("examples") {
@@ -20,11 +28,7 @@ fn chunks() -> BTreeMap<String, Vec<ChunkText>> {
             .and_then(|n| n.to_str())
             .expect("name")
             .to_string();
-        if path
-            .extension()
-            .and_then(|e| e.to_str())
-            .is_some_and(|e| e != "jsonl")
-        {
+        if is_document(&path) {
             let document = extract(&std::fs::read(&path).expect("bytes"), &name, "").expect(&name);
             let cut = chunk(&document);
             for piece in &cut {

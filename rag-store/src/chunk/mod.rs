@@ -17,6 +17,8 @@ use size::Size;
 pub const TARGET_WORDS: usize = 220;
 /// A chunk never has more tokens of the embedding model (multilingual-e5-small, context 512 with its prefix).
 pub const MAX_TOKENS: usize = 480;
+/// Longest [`ChunkText::heading`]: nine levels of readers' longest headings in plain letters.
+pub const MAX_HEADING_BYTES: usize = 3 * 1024;
 /// Parts the headings of [`ChunkText::heading`].
 pub const HEADING_SEPARATOR: &str = " › ";
 
@@ -126,13 +128,22 @@ fn cut(section: &[Block]) -> Vec<Piece> {
     pieces
 }
 
-/// A heading counts to the section that it opens.
+/// A heading counts to the section that it opens. What a chunk is found, cited and embedded with stays small, whatever a
+/// reading child sends.
 fn heading_of(block: &Block) -> Option<String> {
-    let mut path = block.heading_path.clone();
-    if matches!(block.kind, BlockKind::Heading(_)) {
-        path.push(block.text.clone());
+    let own = matches!(block.kind, BlockKind::Heading(_)).then_some(&block.text);
+    let mut joined = String::new();
+    for heading in block.heading_path.iter().chain(own) {
+        if !joined.is_empty() {
+            joined.push_str(HEADING_SEPARATOR);
+        }
+        joined.push_str(heading);
+        if joined.len() > MAX_HEADING_BYTES {
+            joined.truncate(joined.floor_char_boundary(MAX_HEADING_BYTES));
+            break;
+        }
     }
-    (!path.is_empty()).then(|| path.join(HEADING_SEPARATOR))
+    (!joined.is_empty()).then_some(joined)
 }
 
 #[cfg(test)]

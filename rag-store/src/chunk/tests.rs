@@ -141,6 +141,21 @@ fn a_word_of_a_megabyte_is_cut_into_allowed_pieces() {
     );
 }
 
+#[test]
+fn headings_of_a_child_gone_wrong_are_cut_at_a_letter() {
+    let path = ["ä".repeat(5_000), "unten".into()];
+    let path: Vec<&str> = path.iter().map(String::as_str).collect();
+    let chunks = chunk(&document(vec![block(
+        1,
+        &path,
+        BlockKind::Paragraph,
+        "Text",
+    )]));
+    let heading = chunks[0].heading.as_deref().unwrap_or_default();
+    assert_eq!(heading.len(), MAX_HEADING_BYTES);
+    assert!(heading.chars().all(|c| c == 'ä'));
+}
+
 fn any_block() -> impl Strategy<Value = Block> {
     let text = "[a-zA-ZäöüÄß0-9§.,;:|()\n 漢字😀-]{1,900}"
         .prop_filter("not blank", |t| !t.trim().is_empty());

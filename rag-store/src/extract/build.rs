@@ -5,6 +5,10 @@ use super::{Block, BlockKind, ExtractError, ExtractedDocument, Format, MAX_TEXT_
 /// Levels deeper than this are one level: no text needs them, and paths stay short.
 pub(super) const MAX_LEVEL: u8 = 9;
 
+/// Longest heading, in characters; what is longer is a paragraph in a heading's clothes. Every block below a heading repeats it,
+/// and so does every chunk.
+pub(super) const MAX_HEADING_CHARS: usize = 300;
+
 /// The document under construction.
 #[derive(Default)]
 pub(super) struct Builder {
@@ -37,6 +41,9 @@ impl Builder {
         let text = fold_line(text);
         if text.is_empty() {
             return Ok(());
+        }
+        if text.chars().nth(MAX_HEADING_CHARS).is_some() {
+            return self.push(BlockKind::Paragraph, text);
         }
         while self.path.last().is_some_and(|(above, _)| *above >= level) {
             self.path.pop();
@@ -138,7 +145,8 @@ impl Builder {
 fn stem(filename: &str) -> String {
     let name = filename.rsplit(['/', '\\']).next().unwrap_or(filename);
     let stem = name.rsplit_once('.').map_or(name, |(stem, _)| stem);
-    fold_line(if stem.is_empty() { name } else { stem })
+    let stem = fold_line(if stem.is_empty() { name } else { stem });
+    stem.chars().take(MAX_HEADING_CHARS).collect()
 }
 
 /// Folds white space but keeps line breaks; drops what cannot be seen; composes umlauts and opens ligatures.
