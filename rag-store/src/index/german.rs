@@ -4,7 +4,8 @@
 //! so a document is indexed alike whenever and on whichever replica it is indexed.
 
 use std::borrow::Cow;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 use std::sync::OnceLock;
 
 use rust_stemmers::{Algorithm, Stemmer};
@@ -13,6 +14,8 @@ use rust_stemmers::{Algorithm, Stemmer};
 const MAX_WORD_BYTES: usize = 80;
 /// Shortest word that may be a compound ("Amtsweg" has 7 letters).
 const MIN_COMPOUND_CHARS: usize = 7;
+/// Longest word that is taken apart, since the work grows with its square; statutes stay below.
+const MAX_COMPOUND_CHARS: usize = 40;
 /// Shortest part: "Amt", "Bau", "Hof", "Rat", "Weg".
 const MIN_PART_CHARS: usize = 3;
 /// Shortest part that is recognised by its stem alone.
@@ -42,16 +45,52 @@ pub struct Word {
 pub struct Terms {
     /// Stems of the words as written, in order.
     pub words: Vec<String>,
-    /// Stems of the parts of compounds, and hyphenated words joined.
+    /// Stems of the parts of compounds, of neighbouring parts joined, and of hyphenated words joined.
     pub parts: Vec<String>,
 }
 
 /// One searched word with its parts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct QueryWord {
+    /// Lowercase, as it was written.
+    pub lower: String,
     pub stem: String,
     /// Empty unless it is a compound.
     pub parts: Vec<String>,
+}
+
+impl QueryWord {
+    fn new(lower: String, own: &Dictionary) -> Self {
+        let parts = split_compound(&lower, &[Dictionary::committed(), own]).unwrap_or_default();
+        Self {
+            stem: stem(&lower),
+            parts: parts.into_iter().map(|part| stem(&lower[part])).collect(),
+            lower,
+        }
+    }
+
+    /// The word with umlauts, where it may be written without ("gebuehr"); not where "ue" is no umlaut ("steuer", "bauer",
+    /// "quelle").
+    pub fn with_umlauts(&self) -> Option<Self> {
+        let mut umlauts = String::with_capacity(self.lower.len());
+        let mut rest = self.lower.chars().peekable();
+        let mut before = None;
+        while let Some(c) = rest.next() {
+            let umlaut = match (c, rest.peek()) {
+                ('a', Some('e')) => Some('ä'),
+                ('o', Some('e')) => Some('ö'),
+                ('u', Some('e')) if !matches!(before, Some('a' | 'e' | 'ä' | 'q')) => Some('ü'),
+                _ => None,
+            };
+            if umlaut.is_some() {
+                rest.next();
+            }
+            let c = umlaut.unwrap_or(c);
+            umlauts.push(c);
+            before = Some(c);
+        }
+        (umlauts != self.lower).then(|| Self::new(umlauts, &Dictionary::default()))
+    }
 }
 
 fn stop_words() -> &'static HashSet<&'static str> {
@@ -196,6 +235,9 @@ impl Dictionary {
     }
 
     fn add(&mut self, word: &str) {
+        if self.words.contains(word) {
+            return;
+        }
         if word.chars().count() >= MIN_STEMMED_CHARS {
             self.stems.insert(stem(word));
         }
@@ -209,15 +251,18 @@ impl Dictionary {
 }
 
 /// Takes a lowercase word apart into known parts, with the linking elements s, n, en, es, er, e between them; of several ways the
-/// one with the fewest parts, then the one with the longest first part. `None` unless all of it decomposes.
-pub fn split_compound<'a>(lower: &'a str, dictionaries: &[&Dictionary]) -> Option<Vec<&'a str>> {
+/// one with the fewest parts, then the one with the longest first part. Where the parts lie, in bytes; `None` unless all of it
+/// decomposes.
+pub fn split_compound(lower: &str, dictionaries: &[&Dictionary]) -> Option<Vec<Range<usize>>> {
     let starts: Vec<usize> = lower
         .char_indices()
         .map(|(at, _)| at)
         .chain([lower.len()])
         .collect();
     let chars = starts.len() - 1;
-    if chars < MIN_COMPOUND_CHARS || !lower.chars().all(char::is_alphabetic) {
+    if !(MIN_COMPOUND_CHARS..=MAX_COMPOUND_CHARS).contains(&chars)
+        || !lower.chars().all(char::is_alphabetic)
+    {
         return None;
     }
     let known = |from: usize, to: usize| {
@@ -253,25 +298,62 @@ pub fn split_compound<'a>(lower: &'a str, dictionaries: &[&Dictionary]) -> Optio
     Some(
         parts
             .into_iter()
-            .map(|(from, to)| &lower[starts[from]..starts[to]])
+            .map(|(from, to)| starts[from]..starts[to])
             .collect(),
     )
 }
 
-/// The terms of a text, compounds taken apart by the committed words and `own` ones.
-pub fn terms(text: &str, own: &Dictionary) -> Terms {
-    let mut terms = Terms::default();
-    for word in words(text) {
-        if is_stop_word(&word.lower) {
-            continue;
+/// Takes texts of one document apart by the committed words and the document's own. A word is worked on once, however often it
+/// stands there: taking it apart stems every piece of it.
+pub struct Analyzer {
+    own: Dictionary,
+    known: HashMap<String, (String, Vec<String>)>,
+}
+
+impl Analyzer {
+    pub fn new(own: Dictionary) -> Self {
+        Self {
+            own,
+            known: HashMap::new(),
         }
-        if let Some(parts) = split_compound(&word.lower, &[Dictionary::committed(), own]) {
-            terms.parts.extend(parts.into_iter().map(stem));
-        }
-        terms.words.push(stem(&word.lower));
     }
-    terms.parts.extend(hyphenated(text));
-    terms
+
+    /// The terms of a text.
+    pub fn terms(&mut self, text: &str) -> Terms {
+        let mut terms = Terms::default();
+        for word in words(text) {
+            if is_stop_word(&word.lower) {
+                continue;
+            }
+            if !self.known.contains_key(&word.lower) {
+                let analysed = (stem(&word.lower), parts_of(&word.lower, &self.own));
+                self.known.insert(word.lower.clone(), analysed);
+            }
+            if let Some((stem, parts)) = self.known.get(&word.lower) {
+                terms.words.push(stem.clone());
+                terms.parts.extend(parts.iter().cloned());
+            }
+        }
+        terms.parts.extend(hyphenated(text));
+        terms
+    }
+}
+
+/// Stems of a compound's parts and of its neighbouring parts joined: "Parkausweis" is found in "Anwohnerparkausweis".
+fn parts_of(lower: &str, own: &Dictionary) -> Vec<String> {
+    let Some(parts) = split_compound(lower, &[Dictionary::committed(), own]) else {
+        return Vec::new();
+    };
+    let single = parts.iter().cloned();
+    // Two parts joined are the word itself.
+    let joined = parts
+        .windows(2)
+        .filter(|_| parts.len() > 2)
+        .map(|pair| pair[0].start..pair[1].end);
+    single
+        .chain(joined)
+        .map(|part| stem(&lower[part]))
+        .collect()
 }
 
 /// The searched words of a question, each once, in order.
@@ -283,19 +365,15 @@ pub fn query_words(query: &str) -> Vec<QueryWord> {
         if is_stop_word(&word.lower) {
             continue;
         }
-        let stemmed = stem(&word.lower);
-        if seen.insert(stemmed.clone()) {
-            let parts =
-                split_compound(&word.lower, &[Dictionary::committed(), &own]).unwrap_or_default();
-            out.push(QueryWord {
-                stem: stemmed,
-                parts: parts.into_iter().map(stem).collect(),
-            });
+        let word = QueryWord::new(word.lower, &own);
+        if seen.insert(word.stem.clone()) {
+            out.push(word);
         }
     }
     for joined in hyphenated(query) {
         if seen.insert(joined.clone()) {
             out.push(QueryWord {
+                lower: joined.clone(),
                 stem: joined,
                 parts: Vec::new(),
             });
@@ -325,7 +403,7 @@ mod tests {
 
     fn split(word: &str) -> Vec<String> {
         let parts = split_compound(word, &[Dictionary::committed()]).unwrap_or_default();
-        parts.into_iter().map(stem).collect()
+        parts.into_iter().map(|part| stem(&word[part])).collect()
     }
 
     #[test]
@@ -336,7 +414,13 @@ mod tests {
             ("verwaltungsgebühr", &["verwaltung", "gebuhr"]),
             ("gebührenordnung", &["gebuhr", "ordnung"]),
             ("anwohnerparkausweis", &["anwohn", "park", "ausweis"]),
-            ("wohnungsgeberbestätigung", &[]), // "geber" is not in the list, so the whole stays whole
+            (
+                "wohnungsgeberbestätigung",
+                &["wohnungs", "geber", "bestätigung"],
+            ),
+            ("hundesteuermarke", &["hund", "steuer", "marke"]),
+            ("führerscheinstelle", &["führerschein", "stelle"]),
+            ("kurbeitragspflicht", &[]), // "kur" is not in the list, so the whole stays whole
             ("satzung", &[]),
             (
                 "straßenreinigungsgebühren",
@@ -350,10 +434,58 @@ mod tests {
 
     #[test]
     fn a_documents_own_nouns_take_its_compounds_apart() {
-        let own = Dictionary::of_texts(["Der Geber der Wohnung"]);
-        let parts =
-            split_compound("wohnungsgeberbestätigung", &[Dictionary::committed(), &own]).unwrap();
-        assert_eq!(parts, ["wohnungs", "geber", "bestätigung"]);
+        let own = Dictionary::of_texts(["Die Kurtaxe zahlt der Gast"]);
+        let word = "kurtaxenbescheid";
+        let parts = split_compound(word, &[Dictionary::committed(), &own]).unwrap();
+        let parts: Vec<&str> = parts.into_iter().map(|part| &word[part]).collect();
+        assert_eq!(parts, ["kurtaxen", "bescheid"]);
+        assert_eq!(split_compound(word, &[Dictionary::committed()]), None);
+    }
+
+    #[test]
+    fn neighbouring_parts_of_a_longer_compound_are_terms_of_their_own() {
+        let terms = Analyzer::new(Dictionary::default()).terms("Anwohnerparkausweis Hundesteuer");
+        let of = |words: &[&str]| words.iter().map(|w| stem(w)).collect::<Vec<_>>();
+        assert_eq!(
+            terms.parts,
+            of(&[
+                "anwohner",
+                "park",
+                "ausweis",
+                "anwohnerpark",
+                "parkausweis",
+                "hund",
+                "steuer"
+            ])
+        );
+    }
+
+    #[test]
+    fn a_word_beyond_40_letters_stays_whole_and_a_repeated_one_has_the_same_terms_again() {
+        let long = "steuer".repeat(7);
+        assert_eq!(split_compound(&long, &[Dictionary::committed()]), None);
+        let mut analyzer = Analyzer::new(Dictionary::default());
+        let once = analyzer.terms("Verwaltungsgebühr");
+        assert_eq!(analyzer.terms("Verwaltungsgebühr"), once);
+    }
+
+    #[test]
+    fn words_written_without_umlauts_get_them_where_they_can_stand() {
+        for (written, umlauts) in [
+            ("gebuehr", Some("gebühr")),
+            ("aenderung", Some("änderung")),
+            ("oeffnungszeiten", Some("öffnungszeiten")),
+            ("steuer", None),
+            ("bauer", None),
+            ("quelle", None),
+            ("steuergebuehren", Some("steuergebühren")),
+            ("haeuser", Some("häuser")),
+            ("hund", None),
+        ] {
+            let word = QueryWord::new(written.into(), &Dictionary::default());
+            let got = word.with_umlauts().map(|word| word.lower);
+            assert_eq!(got.as_deref(), umlauts, "{written}");
+        }
     }
 
     #[test]
@@ -379,7 +511,7 @@ mod tests {
 
     #[test]
     fn stop_words_go_and_hyphenated_words_are_found_joined() {
-        let terms = terms("Die E-Mail und der Hund", &Dictionary::default());
+        let terms = Analyzer::new(Dictionary::default()).terms("Die E-Mail und der Hund");
         assert_eq!(terms.words, ["e", "mail", "hund"]);
         assert_eq!(terms.parts, ["email"]);
     }
@@ -387,16 +519,16 @@ mod tests {
     proptest::proptest! {
         #[test]
         fn any_text_is_taken_apart_without_panic_and_parts_lie_in_their_word(text in ".{0,200}", word in "[a-zäöüß]{0,40}") {
-            let _ = terms(&text, &Dictionary::of_texts([text.as_str()]));
+            let _ = Analyzer::new(Dictionary::of_texts([text.as_str()])).terms(&text);
             if let Some(parts) = split_compound(&word, &[Dictionary::committed()]) {
                 proptest::prop_assert!(parts.len() >= 2);
-                let mut rest = word.as_str();
+                let mut end = 0;
                 for part in parts {
-                    let at = rest.find(part);
-                    proptest::prop_assert!(at.is_some_and(|at| at <= 2));
-                    rest = &rest[at.unwrap() + part.len()..];
+                    proptest::prop_assert!(part.start >= end && part.start - end <= 2);
+                    proptest::prop_assert!(word.get(part.clone()).is_some_and(|part| !part.is_empty()));
+                    end = part.end;
                 }
-                proptest::prop_assert!(rest.is_empty());
+                proptest::prop_assert_eq!(end, word.len());
             }
         }
     }

@@ -12,8 +12,10 @@ use std::sync::{Arc, PoisonError, RwLock};
 use coordinator::ids::TenantId;
 use half::f16;
 
+use crate::chunk::HEADING_SEPARATOR;
+use crate::extract::BLOCK_SEPARATOR;
 use crate::store::{ChunkRecord, CollectionId, DocumentId};
-use german::Dictionary;
+use german::{Analyzer, Dictionary, Terms};
 use text::{QueryFacts, TextEntry, TextIndex};
 use vectors::Vectors;
 
@@ -45,7 +47,7 @@ pub struct Arms {
 }
 
 /// One tenant's indexes.
-struct TenantIndex {
+pub(crate) struct TenantIndex {
     text: TextIndex,
     vectors: Vectors,
     chunks: HashMap<u64, ChunkRef>,
@@ -78,7 +80,7 @@ impl TenantIndex {
     fn update(
         &mut self,
         removed: &[DocumentId],
-        added: &[IndexedDocument],
+        added: Vec<Prepared>,
     ) -> Result<(), tantivy::TantivyError> {
         let replaced = added.iter().map(|document| document.id);
         let gone: Vec<u64> = removed
@@ -87,43 +89,27 @@ impl TenantIndex {
             .chain(replaced)
             .flat_map(|id| self.forget(id))
             .collect();
-        let dictionaries: Vec<Dictionary> = added
-            .iter()
-            .map(|d| Dictionary::of_texts(d.chunks.iter().map(|c| c.text.as_str())))
-            .collect();
         let mut entries = Vec::new();
-        for (document, own) in added.iter().zip(&dictionaries) {
+        for document in added {
             let mut keys = Vec::with_capacity(document.chunks.len());
-            for (ordinal, chunk) in document.chunks.iter().enumerate() {
-                let (key, ordinal) = (self.next_key, ordinal as u32);
+            for chunk in document.chunks {
+                let key = self.next_key;
                 self.next_key += 1;
                 keys.push(key);
                 let place = ChunkRef {
                     collection: document.collection,
                     document: document.id,
-                    ordinal,
+                    ordinal: chunk.ordinal,
                 };
                 self.chunks.insert(key, place);
-                let row: Vec<f16> = chunk
-                    .vector
-                    .iter()
-                    .map(|bits| f16::from_bits(*bits))
-                    .collect();
-                if !row.is_empty() && !self.vectors.add(key, &row) {
-                    tracing::warn!(document = %document.id, dims = row.len(), "vector of another length: not searched");
+                if !chunk.row.is_empty() && !self.vectors.add(key, &chunk.row) {
+                    tracing::warn!(document = %document.id, dims = chunk.row.len(), "vector of another length: not searched");
                 }
-                let head = format!(
-                    "{} {} {}",
-                    name_as_words(&document.name),
-                    chunk.title,
-                    chunk.heading
-                );
                 entries.push(TextEntry {
                     key,
                     collection: document.collection,
-                    head,
-                    body: &chunk.text,
-                    own,
+                    head: chunk.head,
+                    body: chunk.body,
                 });
             }
             self.documents
@@ -151,7 +137,7 @@ impl TenantIndex {
                 .is_some_and(|chunk| ids.contains(&chunk.collection)),
         };
         let permitted_rows = match permitted {
-            None => self.vectors.len(),
+            None => self.vectors.rows(),
             Some(ids) => self
                 .documents
                 .values()
@@ -162,13 +148,76 @@ impl TenantIndex {
         let dense = vector.map_or_else(Vec::new, |v| {
             self.vectors.search(v, limit, permitted_rows, may)
         });
-        let place = |(key, score): (u64, f32)| Some((*self.chunks.get(&key)?, score));
         Ok(Arms {
-            text: text.into_iter().filter_map(place).collect(),
-            dense: dense.into_iter().filter_map(place).collect(),
+            text: self.placed(text),
+            dense: self.placed(dense),
             facts,
         })
     }
+
+    /// Equal scores in the order of the chunks: keys depend on when a replica indexed what.
+    fn placed(&self, found: Vec<(u64, f32)>) -> Vec<(ChunkRef, f32)> {
+        let mut placed: Vec<(ChunkRef, f32)> = found
+            .into_iter()
+            .filter_map(|(key, score)| Some((*self.chunks.get(&key)?, score)))
+            .collect();
+        placed.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        placed
+    }
+}
+
+/// A document made ready for the index, which takes much longer than bringing it in.
+struct Prepared {
+    id: DocumentId,
+    collection: CollectionId,
+    chunks: Vec<PreparedChunk>,
+}
+
+struct PreparedChunk {
+    ordinal: u32,
+    head: Terms,
+    body: Terms,
+    row: Vec<f16>,
+}
+
+fn prepare(document: &IndexedDocument) -> Prepared {
+    let own = Dictionary::of_texts(document.chunks.iter().map(|c| c.text.as_str()));
+    let mut analyzer = Analyzer::new(own);
+    let name = name_as_words(&document.name);
+    // Headings rank high and answer nothing; unless the document says nothing else.
+    let skip_headings = !document.chunks.iter().all(is_only_headings);
+    let chunks = document
+        .chunks
+        .iter()
+        .zip(0u32..)
+        .filter(|(chunk, _)| !(skip_headings && is_only_headings(chunk)))
+        .map(|(chunk, ordinal)| PreparedChunk {
+            ordinal,
+            head: analyzer.terms(&format!("{name} {} {}", chunk.title, chunk.heading)),
+            body: analyzer.terms(&chunk.text),
+            row: chunk
+                .vector
+                .iter()
+                .map(|bits| f16::from_bits(*bits))
+                .collect(),
+        })
+        .collect();
+    Prepared {
+        id: document.id,
+        collection: document.collection,
+        chunks,
+    }
+}
+
+/// Whether every block of the chunk is one of the headings that it stands under.
+fn is_only_headings(chunk: &ChunkRecord) -> bool {
+    let is_heading = |block: &str| {
+        chunk
+            .heading
+            .split(HEADING_SEPARATOR)
+            .any(|heading| heading == block)
+    };
+    chunk.text.split(BLOCK_SEPARATOR).all(is_heading)
 }
 
 /// "hundesteuer_satzung-2024.pdf" as words.
@@ -191,6 +240,7 @@ impl Indexes {
         removed: &[DocumentId],
         added: &[IndexedDocument],
     ) -> Result<(), tantivy::TantivyError> {
+        let prepared = added.iter().map(prepare).collect();
         let there = self
             .tenants
             .read()
@@ -209,7 +259,7 @@ impl Indexes {
         index
             .write()
             .unwrap_or_else(PoisonError::into_inner)
-            .update(removed, added)
+            .update(removed, prepared)
     }
 
     /// Documents of the tenant that are indexed, of one collection or of all.
@@ -271,7 +321,7 @@ impl Indexes {
             .clear();
     }
 
-    fn tenant(&self, tenant: &TenantId) -> Option<Arc<RwLock<TenantIndex>>> {
+    pub(crate) fn tenant(&self, tenant: &TenantId) -> Option<Arc<RwLock<TenantIndex>>> {
         self.tenants
             .read()
             .unwrap_or_else(PoisonError::into_inner)

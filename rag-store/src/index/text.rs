@@ -12,7 +12,7 @@ use tantivy::{
     Index, IndexReader, IndexWriter, ReloadPolicy, Searcher, TantivyDocument, TantivyError, Term,
 };
 
-use super::german::{self, Dictionary, QueryWord};
+use super::german::{self, QueryWord, Terms};
 use crate::store::CollectionId;
 
 /// The least that tantivy takes; the arena grows only as it fills.
@@ -26,15 +26,13 @@ const PARTS_BOOST: f32 = 0.4;
 const QUERY_PART_BOOST: f32 = 0.5;
 
 /// A chunk as full text sees it.
-pub struct TextEntry<'a> {
+pub struct TextEntry {
     /// Unique in this index.
     pub key: u64,
     pub collection: CollectionId,
     /// Title of the document and headings above the chunk.
-    pub head: String,
-    pub body: &'a str,
-    /// The document's own words for compounds.
-    pub own: &'a Dictionary,
+    pub head: Terms,
+    pub body: Terms,
 }
 
 /// What the index knows of a query's words.
@@ -91,10 +89,10 @@ impl TextIndex {
     }
 
     /// Removes some chunks and adds others, seen together.
-    pub fn update<'a>(
+    pub fn update(
         &mut self,
         removed: &[u64],
-        added: impl IntoIterator<Item = TextEntry<'a>>,
+        added: impl IntoIterator<Item = TextEntry>,
     ) -> Result<(), TantivyError> {
         // A writer holds threads and an arena: it lives for one batch only, since a node has an index a tenant.
         let mut writer: IndexWriter<TantivyDocument> =
@@ -103,10 +101,7 @@ impl TextIndex {
             writer.delete_term(Term::from_field_u64(self.key, *key));
         }
         for entry in added {
-            let (head, body) = (
-                german::terms(&entry.head, entry.own),
-                german::terms(entry.body, entry.own),
-            );
+            let (head, body) = (entry.head, entry.body);
             let mut document = TantivyDocument::default();
             document.add_u64(self.key, entry.key);
             document
@@ -133,14 +128,22 @@ impl TextIndex {
         limit: usize,
     ) -> Result<(Vec<(u64, f32)>, QueryFacts), TantivyError> {
         let searcher = self.reader.searcher();
-        let words = german::query_words(query);
+        let mut words = german::query_words(query);
         let mut facts = QueryFacts {
             section: words.iter().any(|w| w.stem.starts_with('§')),
             ..QueryFacts::default()
         };
         let mut clauses: Vec<(Occur, Box<dyn Query>)> = Vec::new();
-        for word in &words {
-            let (found, idf) = self.idf(&searcher, word)?;
+        for word in &mut words {
+            let (mut found, mut idf) = self.idf(&searcher, word)?;
+            // Written without umlauts, as on a foreign keyboard.
+            if !found && let Some(umlauts) = word.with_umlauts() {
+                let (known, its_idf) = self.idf(&searcher, &umlauts)?;
+                if known || word.parts.is_empty() && !umlauts.parts.is_empty() {
+                    (found, idf) = (known, its_idf);
+                    *word = umlauts;
+                }
+            }
             facts.words.push((idf, found));
             clauses.extend(
                 self.word_clauses(word)
@@ -232,11 +235,6 @@ impl TextIndex {
             documents > 0,
             (1.0 + (n - df + 0.5).max(0.0) / (df + 0.5)).ln(),
         ))
-    }
-
-    /// Chunks in the index.
-    pub fn len(&self) -> u64 {
-        self.reader.searcher().num_docs()
     }
 }
 

@@ -10,6 +10,9 @@ use usearch::{IndexOptions, MetricKind, ScalarKind};
 /// Up to so many permitted rows, every one is compared.
 pub const EXACT_ROWS: usize = 8192;
 
+/// Searches that the graph takes at once; each holds a slot, and one too many is answered by an exact scan.
+const GRAPH_THREADS: usize = 64;
+
 /// Rows of one length; the first one added decides which.
 pub struct Vectors {
     dims: usize,
@@ -40,8 +43,8 @@ impl Vectors {
         }
     }
 
-    /// Rows held.
-    pub fn len(&self) -> usize {
+    /// How many rows are held.
+    pub fn rows(&self) -> usize {
         self.keys.len()
     }
 
@@ -159,7 +162,7 @@ impl Vectors {
         };
         if graph.capacity() < self.keys.len() {
             graph
-                .reserve(self.keys.len() * 5 / 4 + 64)
+                .reserve_capacity_and_threads(self.keys.len() * 5 / 4 + 64, GRAPH_THREADS)
                 .map_err(|e| e.to_string())?;
         }
         let mut row = vec![0.0f32; self.dims];
