@@ -31,6 +31,8 @@ pub const MAX_UPLOAD_BYTES: u64 = 50 * 1024 * 1024;
 const ATTEMPT: Duration = Duration::from_secs(15);
 /// Pause after every member was asked in vain.
 const ROUND_PAUSE: Duration = Duration::from_millis(100);
+/// Redirections followed at once; more in a row mean that the members do not agree yet.
+const REDIRECTIONS: u32 = 3;
 /// Parts of one upload under way at once: hides the round trips, holds back little memory.
 const PARTS_IN_FLIGHT: usize = 4;
 
@@ -72,7 +74,12 @@ impl Directory for ControlHandle {
 /// What one attempt came to.
 enum Attempt<T> {
     Final(Result<T, Error>),
-    Elsewhere(Option<NodeId>),
+    Redirected(Option<NodeId>),
+    /// This member cannot; it may have taken effect.
+    Elsewhere {
+        why: String,
+        disk_full: bool,
+    },
     /// `unsure`: it may have taken effect.
     Failed {
         why: String,
@@ -163,7 +170,29 @@ impl StoreClient {
             ));
         }
         let id = DocumentId::generate();
-        let name = base_name(filename);
+        let sent = self
+            .send(tenant, id, collection, filename, media_type, bytes)
+            .await;
+        if sent.is_err() {
+            // Parts that came take room; without this they are swept after an hour. Nobody waits for it.
+            let (client, tenant) = (self.clone(), tenant.clone());
+            tokio::spawn(async move {
+                let _ = client.delete_document(&tenant, id).await;
+            });
+        }
+        sent
+    }
+
+    async fn send(
+        &self,
+        tenant: &TenantId,
+        id: DocumentId,
+        collection: CollectionId,
+        filename: &str,
+        media_type: &str,
+        bytes: Bytes,
+    ) -> Result<Document, Error> {
+        let (name, size) = (base_name(filename), bytes.len() as u64);
         let (media_type, parts) = (
             media_type.to_owned(),
             size.div_ceil(PART_BYTES as u64) as u32,
@@ -327,6 +356,7 @@ impl StoreClient {
         let mut why = format!("no store group is known for tenant {tenant}");
         let mut request: Option<(RaftGroupId, Bytes)> = None;
         let mut hint = None;
+        let mut redirections = 0;
         loop {
             let Some((group, members)) = self.directory.group_of(tenant) else {
                 if begun.elapsed() >= RETRY_FOR {
@@ -353,20 +383,36 @@ impl StoreClient {
             let known = hint.take().or_else(|| self.leader(group));
             let first = members.iter().filter(|(id, _)| Some(*id) == known);
             let others = members.iter().filter(|(id, _)| Some(*id) != known);
+            let mut full = Vec::new();
             for (node, addr) in first.chain(others) {
                 match once(*addr, bytes.clone()).await {
                     Attempt::Final(result) => {
-                        self.leaders
-                            .lock()
-                            .unwrap_or_else(PoisonError::into_inner)
-                            .insert(group, *node);
+                        if result.is_ok() {
+                            self.leaders
+                                .lock()
+                                .unwrap_or_else(PoisonError::into_inner)
+                                .insert(group, *node);
+                        }
                         return result.map_err(|error| (error, unsure_before));
                     }
-                    Attempt::Elsewhere(leader) => {
-                        why = "no member leads the store group".to_owned();
-                        hint = leader.filter(|leader| leader != node);
-                        if hint.is_some() {
+                    Attempt::Redirected(leader) => {
+                        if leader.is_some_and(|leader| leader != *node)
+                            && redirections < REDIRECTIONS
+                        {
+                            redirections += 1;
+                            hint = leader;
                             break;
+                        }
+                        why = "no member leads the store group".to_owned();
+                    }
+                    Attempt::Elsewhere {
+                        why: reason,
+                        disk_full,
+                    } => {
+                        why = format!("node {node}: {reason}");
+                        unsure_before = true;
+                        if disk_full {
+                            full.push(reason);
                         }
                     }
                     Attempt::Failed {
@@ -381,14 +427,26 @@ impl StoreClient {
                     break;
                 }
             }
+            // One full disk of three is no reason to refuse; when all are, waiting does not help.
+            if !members.is_empty() && full.len() == members.len() {
+                return Err((
+                    Error::DiskFull {
+                        why: full.swap_remove(0),
+                    },
+                    unsure_before,
+                ));
+            }
             if begun.elapsed() >= RETRY_FOR {
                 return Err((Error::unavailable(why), unsure_before));
             }
-            tokio::time::sleep(ROUND_PAUSE).await;
+            if hint.is_none() {
+                redirections = 0;
+                tokio::time::sleep(ROUND_PAUSE).await;
+            }
         }
     }
 
-    fn leader(&self, group: RaftGroupId) -> Option<NodeId> {
+    pub(crate) fn leader(&self, group: RaftGroupId) -> Option<NodeId> {
         self.leaders
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -423,7 +481,10 @@ impl StoreClient {
             match read(&frame) {
                 Attempt::Final(Ok(answer)) => answers.push(answer),
                 Attempt::Final(Err(error)) => return Attempt::Final(Err(error)),
-                Attempt::Elsewhere(leader) => return Attempt::Elsewhere(leader),
+                Attempt::Redirected(leader) => return Attempt::Redirected(leader),
+                Attempt::Elsewhere { why, disk_full } => {
+                    return Attempt::Elsewhere { why, disk_full };
+                }
                 Attempt::Failed { why, unsure } => return Attempt::Failed { why, unsure },
             }
         }
@@ -434,7 +495,8 @@ fn read(frame: &[u8]) -> Attempt<Answer> {
     match decode::<Outcome>(frame) {
         Some(Outcome::Ok(answer)) => Attempt::Final(Ok(answer)),
         Some(Outcome::Err(error)) => Attempt::Final(Err(error)),
-        Some(Outcome::NotLeader { leader }) => Attempt::Elsewhere(leader),
+        Some(Outcome::NotLeader { leader }) => Attempt::Redirected(leader),
+        Some(Outcome::Elsewhere { why, disk_full }) => Attempt::Elsewhere { why, disk_full },
         Some(Outcome::Again { why }) => Attempt::Failed { why, unsure: true },
         None => Attempt::Final(Err(strange())),
     }
@@ -467,3 +529,6 @@ fn base_name(filename: &str) -> String {
         .trim()
         .to_owned()
 }
+
+#[cfg(test)]
+mod tests;

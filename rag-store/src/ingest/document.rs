@@ -14,7 +14,7 @@ use crate::node::EmbedKind;
 use crate::node::group::{Group, Refusal};
 use crate::retrieve::unit;
 use crate::store::machine::encode;
-use crate::store::reader::{OpenDocument, Reader, failure_place};
+use crate::store::reader::{OpenDocument, ReadError, Reader, failure_place};
 use crate::store::{
     ChunkRecord, Command, DocumentAbout, DocumentId, Error, PART_BYTES, Reply, Stage,
 };
@@ -23,6 +23,13 @@ use crate::store::{
 const EXTRACT_TIMEOUT: Duration = Duration::from_secs(300);
 /// Texts embedded in one request: about a second of a CPU rank, so that deletion and progress are prompt.
 const EMBED_BATCH: usize = 16;
+/// The longest that one batch of vectors may take: a model that hangs must not hold up deletion and progress.
+const EMBED_WAIT: Duration = Duration::from_secs(30);
+/// What a document says when the store refused it again and again.
+const REFUSED_DE: &str = "Das Dokument ließ sich nicht speichern: Der Speicher hat es mehrmals abgelehnt. Bitte teilen Sie es in \
+    kleinere Dokumente auf oder wenden Sie sich an die Administration.";
+/// Longest title taken over from a reading child, in characters; it goes into every chunk. A sound child sends no longer one.
+const MAX_TITLE_CHARS: usize = 300;
 /// Pause while no embedding model answers, and the longest it grows to.
 const EMBED_PAUSE: Duration = Duration::from_millis(500);
 const EMBED_PAUSE_MOST: Duration = Duration::from_secs(5);
@@ -43,6 +50,30 @@ enum Ended {
 impl Ingest {
     /// Takes a document to ready or failed. `Err`: the store refused; the document stays in the queue.
     pub(super) async fn ingest(&self, tenant: &TenantId, id: DocumentId) -> Result<(), Refusal> {
+        let Some(job) = self.begin(tenant, id).await? else {
+            return Ok(());
+        };
+        if let Ended::Done = job.run().await? {
+            tracing::info!(%tenant, document = %id, "ingested");
+        }
+        Ok(())
+    }
+
+    /// Fails a document that the store refuses whenever it is tried.
+    pub(super) async fn give_up(&self, tenant: &TenantId, id: DocumentId) -> Result<(), Refusal> {
+        if let Some(job) = self.begin(tenant, id).await? {
+            tracing::error!(%tenant, document = %id, "given up: the store refused it again and again");
+            job.fail_because(REFUSED_DE).await?;
+        }
+        Ok(())
+    }
+
+    /// A new attempt; `None` when the document is gone or finished.
+    async fn begin<'a>(
+        &'a self,
+        tenant: &'a TenantId,
+        id: DocumentId,
+    ) -> Result<Option<Job<'a>>, Refusal> {
         let attempt = rand::random();
         if self
             .step(
@@ -55,18 +86,14 @@ impl Ingest {
             .await?
             .is_none()
         {
-            return Ok(());
+            return Ok(None);
         }
-        let job = Job {
+        Ok(Some(Job {
             ingest: self,
             tenant,
             id,
             attempt,
-        };
-        if let Ended::Done = job.run().await? {
-            tracing::info!(%tenant, document = %id, "ingested");
-        }
-        Ok(())
+        }))
     }
 
     /// Proposes; `None` when the document is gone or this attempt was overtaken.
@@ -75,6 +102,10 @@ impl Ingest {
             match self.group.propose(tenant, command.clone()).await {
                 Ok(Reply::Done) => return Ok(Some(())),
                 Ok(Reply::NotFound | Reply::Stale) => return Ok(None),
+                Ok(Reply::Malformed) => {
+                    let why = "the nodes run different versions; upgrade all of them";
+                    return Err(Refusal::elsewhere(why));
+                }
                 Ok(other) => {
                     return Err(Error::unavailable(format!("the store answered {other:?}")).into());
                 }
@@ -112,7 +143,7 @@ impl Job<'_> {
                 "{} is missing: documents cannot be read; install it again",
                 self.ingest.program.display()
             );
-            return Err(Error::unavailable(why).into());
+            return Err(Refusal::elsewhere(why));
         }
         let document = match self.extract(&about, &bytes).await? {
             Some(Ok(document)) => document,
@@ -120,7 +151,8 @@ impl Job<'_> {
             None => return Ok(Ended::Gone),
         };
         drop(bytes);
-        let (pages, title) = (document.pages, document.title.clone());
+        let pages = document.pages;
+        let title: String = document.title.chars().take(MAX_TITLE_CHARS).collect();
         let cut = tokio::task::spawn_blocking(move || chunk(&document)).await;
         let chunks = match cut {
             Ok(chunks) if chunks.is_empty() => return self.fail(&ExtractError::NoText).await,
@@ -142,7 +174,7 @@ impl Job<'_> {
     async fn original(&self) -> Result<(DocumentAbout, Vec<u8>), Refusal> {
         let (view, open) = self.group().open_document(self.tenant, self.id).await?;
         let (root, tenant) = (self.group().root.clone(), self.tenant.clone());
-        let read = move || -> Result<_, Error> {
+        let read = move || -> Result<_, ReadError> {
             let reader = Reader::new(&view, &root);
             Ok((
                 reader.about(&tenant, &open)?,
@@ -150,7 +182,7 @@ impl Job<'_> {
             ))
         };
         let read = tokio::task::spawn_blocking(read).await;
-        Ok(read.map_err(|_| Error::unavailable("reading an original was broken off"))??)
+        Ok(read.map_err(|_| Refusal::elsewhere("reading an original was broken off"))??)
     }
 
     async fn extract(
@@ -225,13 +257,15 @@ impl Job<'_> {
                 .iter()
                 .map(|c| Redacted::new(embedded_text(title, c)))
                 .collect();
-            match self
+            let embedding = self
                 .ingest
                 .embedder
-                .embed(self.tenant, EmbedKind::Passage, texts)
+                .embed(self.tenant, EmbedKind::Passage, texts);
+            let vectors_come = tokio::time::timeout(EMBED_WAIT, embedding)
                 .await
-                .and_then(|v| usable(v, batch.len()))
-            {
+                .unwrap_or_else(|_| Err(format!("no vectors within {EMBED_WAIT:?}")))
+                .and_then(|v| usable(v, batch.len()));
+            match vectors_come {
                 Ok(new) => {
                     vectors.extend(new);
                     pause = EMBED_PAUSE;
@@ -325,16 +359,19 @@ impl Job<'_> {
     }
 
     async fn fail(&self, error: &ExtractError) -> Result<Ended, Refusal> {
+        // The error's text never quotes the document.
+        tracing::info!(tenant = %self.tenant, document = %self.id, %error, "cannot be read");
+        self.fail_because(&error.message_de()).await
+    }
+
+    async fn fail_because(&self, reason: &str) -> Result<Ended, Refusal> {
         let (_, open) = match self.group().open_document(self.tenant, self.id).await {
             Err(Refusal::Final(Error::NotFound)) => return Ok(Ended::Gone),
             other => other?,
         };
-        // The error's text never quotes the document.
-        tracing::info!(tenant = %self.tenant, document = %self.id, %error, "cannot be read");
-        let reason = open.key.seal(
-            &failure_place(self.tenant, self.id),
-            error.message_de().as_bytes(),
-        );
+        let reason = open
+            .key
+            .seal(&failure_place(self.tenant, self.id), reason.as_bytes());
         let command = Command::Fail {
             document: self.id,
             attempt: self.attempt,

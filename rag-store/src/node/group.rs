@@ -1,8 +1,9 @@
 //! One store group on this node: its replica, what is derived from it, and how commands are proposed.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use coordinator::ids::{NodeId, TenantId};
 use coordinator::replication::{self, Replica, StateMachine, Txn, View};
@@ -11,7 +12,7 @@ use tokio::sync::Notify;
 use crate::crypto::{Key, Sealed};
 use crate::index::follow::{Change, Follower};
 use crate::store::machine::{self, State};
-use crate::store::reader::{OpenDocument, Reader};
+use crate::store::reader::{OpenDocument, ReadError, Reader};
 use crate::store::{Command, DocumentId, Entry, Error, Reply, keys};
 
 /// Why a request was not done.
@@ -24,7 +25,23 @@ pub enum Refusal {
     Again {
         why: String,
     },
+    /// This replica cannot, another one may; it may have taken effect.
+    Elsewhere {
+        why: String,
+        /// What fails here is that the disk is full.
+        disk_full: bool,
+    },
     Final(Error),
+}
+
+impl Refusal {
+    /// What is wrong on this node alone.
+    pub fn elsewhere(why: impl Into<String>) -> Self {
+        Self::Elsewhere {
+            why: why.into(),
+            disk_full: false,
+        }
+    }
 }
 
 impl From<replication::Error> for Refusal {
@@ -32,17 +49,30 @@ impl From<replication::Error> for Refusal {
         use replication::Error as E;
         match error {
             E::NotLeader { leader } => Self::NotLeader { leader },
-            E::Storage { why } => Self::Final(Error::DiskFull { why }),
-            E::Overloaded | E::Interrupted | E::Timeout | E::Closed => Self::Again {
+            E::Overloaded | E::Interrupted | E::Timeout => Self::Again {
                 why: error.to_string(),
             },
-            E::Format { .. }
-            | E::Locked { .. }
-            | E::Foreign { .. }
-            | E::Config { .. }
-            | E::TooLarge { .. } => Self::Final(Error::unavailable(error.to_string())),
+            E::Storage { ref why } => Self::Elsewhere {
+                disk_full: says_full(why),
+                why: error.to_string(),
+            },
+            E::Closed | E::Format { .. } | E::Locked { .. } | E::Foreign { .. } => {
+                Self::elsewhere(error.to_string())
+            }
+            E::TooLarge { bytes } => Self::Final(Error::TooLarge {
+                limit: replication::MAX_COMMAND_BYTES as u64,
+                got: bytes as u64,
+            }),
+            E::Config { .. } => Self::Final(Error::unavailable(error.to_string())),
         }
     }
+}
+
+/// A replica also stands aside for other reasons (a bad block, a panic): only the system's own words mean a full disk.
+fn says_full(why: &str) -> bool {
+    ["No space left on device", "Disk quota exceeded"]
+        .iter()
+        .any(|words| why.contains(words))
 }
 
 impl From<Error> for Refusal {
@@ -51,9 +81,19 @@ impl From<Error> for Refusal {
     }
 }
 
+impl From<ReadError> for Refusal {
+    fn from(error: ReadError) -> Self {
+        match error {
+            ReadError::NotFound => Self::Final(Error::NotFound),
+            ReadError::Replica(error) => error.into(),
+            ReadError::Unreadable(why) => Self::elsewhere(why),
+        }
+    }
+}
+
 impl From<crate::crypto::OpenError> for Refusal {
     fn from(error: crate::crypto::OpenError) -> Self {
-        Self::Final(error.into())
+        Self::elsewhere(error.to_string())
     }
 }
 
@@ -66,7 +106,8 @@ pub struct GroupMachine {
     pub garbage: Notify,
     /// Wakes the compaction of the key table, for these tenants.
     pub erased: Notify,
-    erased_tenants: Mutex<BTreeSet<TenantId>>,
+    /// Whether keys were destroyed in this run, or maybe in an earlier one.
+    erased_tenants: Mutex<BTreeMap<TenantId, bool>>,
 }
 
 impl GroupMachine {
@@ -77,25 +118,42 @@ impl GroupMachine {
             queued: Notify::new(),
             garbage: Notify::new(),
             erased: Notify::new(),
-            erased_tenants: Mutex::new(BTreeSet::new()),
+            erased_tenants: Mutex::new(BTreeMap::new()),
         })
     }
 
-    /// Tenants with destroyed keys since the last call.
-    pub fn take_erased(&self) -> BTreeSet<TenantId> {
-        std::mem::take(
-            &mut self
-                .erased_tenants
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner),
-        )
+    /// Tenants with destroyed keys since the last call, each with whether that happened in this run, under views that are
+    /// open now.
+    pub fn take_erased(&self) -> BTreeMap<TenantId, bool> {
+        std::mem::take(&mut self.erased())
     }
 
-    pub fn erase(&self, tenant: &TenantId) {
+    fn erased(&self) -> MutexGuard<'_, BTreeMap<TenantId, bool>> {
         self.erased_tenants
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .insert(tenant.clone());
+    }
+
+    fn erase(&self, tenant: &TenantId) {
+        self.erased().insert(tenant.clone(), true);
+        self.erased.notify_one();
+    }
+
+    /// What an earlier run destroyed may still be in the files of any tenant's key table.
+    fn erase_earlier(&self, view: &View) {
+        for entry in view.scan_prefix(keys::TENANTS) {
+            match entry {
+                Ok((key, _)) => {
+                    if let Some(tenant) = keys::tenant_of(&key) {
+                        self.erased().entry(tenant).or_insert(false);
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "key tables are not compacted before the next start");
+                    break;
+                }
+            }
+        }
         self.erased.notify_one();
     }
 }
@@ -164,6 +222,7 @@ impl StateMachine for GroupMachine {
 
     fn reloaded(&self, view: &View) {
         self.follower.push(Change::Reloaded, view);
+        self.erase_earlier(view);
         self.queued.notify_one();
     }
 }
@@ -177,7 +236,7 @@ pub struct Group {
     /// The replica's folder.
     pub dir: PathBuf,
     /// Free space that an upload must leave.
-    pub min_free_bytes: u64,
+    pub min_free_bytes: AtomicU64,
 }
 
 impl Group {
@@ -209,6 +268,7 @@ impl Group {
             Reply::Incomplete => {
                 Err(Error::invalid("document", "parts of it have not come; send it again").into())
             }
+            // Every replica would answer so, hence no use in asking elsewhere.
             Reply::Malformed => Err(Error::unavailable(
                 "the nodes run different versions; upgrade all of them",
             )
@@ -250,7 +310,7 @@ impl Group {
         let view = self.replica.local_view();
         match Reader::new(&view, &self.root).open(tenant, id) {
             Ok(open) => Ok((view, open)),
-            Err(Error::NotFound) => {
+            Err(ReadError::NotFound) => {
                 let view = self.fresh_view().await?;
                 let open = Reader::new(&view, &self.root).open(tenant, id)?;
                 Ok((view, open))
@@ -269,13 +329,32 @@ impl Group {
         open.key.seal(&keys::chunk(tenant, open.id, ordinal), plain)
     }
 
+    /// Before a check that only the leader's own state or disk can answer.
+    pub fn check_leads(&self) -> Result<(), Refusal> {
+        let status = self.replica.status();
+        if status.is_leader {
+            return Ok(());
+        }
+        Err(match status.failure {
+            Some(why) => Refusal::Elsewhere {
+                disk_full: says_full(&why),
+                why,
+            },
+            None => Refusal::NotLeader {
+                leader: status.leader,
+            },
+        })
+    }
+
     /// [`Error::DiskFull`] when storing `bytes` would leave less than the reserve.
     pub fn check_space(&self, bytes: u64) -> Result<(), Error> {
         let Some(free) = free_bytes(&self.dir) else {
             return Ok(());
         };
         // Once in the log and once in the state, and compaction rewrites before it removes.
-        let needed = bytes.saturating_mul(3).saturating_add(self.min_free_bytes);
+        let needed = bytes
+            .saturating_mul(3)
+            .saturating_add(self.min_free_bytes.load(Ordering::Relaxed));
         if free >= needed {
             return Ok(());
         }

@@ -4,15 +4,18 @@ pub(crate) mod group;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError};
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use coordinator::Redacted;
+use coordinator::clock::{Instant, monotonic};
 use coordinator::control::ControlHandle;
 use coordinator::ids::{NodeId, RaftGroupId, TenantId};
 use coordinator::replication::{AddressBook, Replica, ReplicaConfig};
 use coordinator::transport::Transport;
 use futures::future::BoxFuture;
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::crypto::Key;
@@ -24,8 +27,17 @@ use group::{Group, GroupMachine};
 /// Free space that uploads leave for logs, compaction and ingestion, in bytes.
 pub const MIN_FREE_BYTES: u64 = 256 * 1024 * 1024;
 
-/// Lets several deletions share one compaction of the key table.
-const COMPACT_AFTER: Duration = Duration::from_secs(2);
+/// When a key table is compacted after keys in it were destroyed. First soon, but so that several deletions share it. Then again:
+/// a compaction keeps what any view still shows, and a view lives as long as a request, a list at most
+/// [`service::LIST_LIMIT`]. What this process does not live to do is done at the next start.
+pub(crate) const COMPACT_AFTER: [Duration; 3] = [
+    Duration::from_secs(2),
+    Duration::from_secs(60),
+    Duration::from_secs(15 * 60),
+];
+
+/// How long [`StoreNode::shutdown`] waits for ingestion and compaction to end.
+const STOP_WAIT: Duration = Duration::from_secs(10);
 
 /// Pause before a group that could not be started is tried again.
 const START_AGAIN: Duration = Duration::from_secs(5);
@@ -89,6 +101,8 @@ struct Inner {
     addresses: Arc<dyn AddressBook>,
     embedder: Arc<dyn Embedder>,
     groups: Groups,
+    /// What runs until `stop`.
+    tasks: Mutex<Vec<JoinHandle<()>>>,
     stop: CancellationToken,
 }
 
@@ -105,7 +119,7 @@ impl StoreNode {
         embedder: Arc<dyn Embedder>,
     ) -> Result<StoreNode, Error> {
         let inner = Inner::open(config, transport, Arc::new(control.clone()), embedder)?;
-        tokio::spawn(follow_control(inner.clone(), control.clone()));
+        inner.spawn(follow_control(inner.clone(), control.clone()));
         Ok(StoreNode {
             inner,
             control: Some(control),
@@ -153,9 +167,21 @@ impl StoreNode {
         complete && groups.values().all(|group| up(group))
     }
 
-    /// Ends ingestion and closes the replicas.
+    /// Ends ingestion and compaction, closes the replicas, and ends the indexes' threads. Bounded: what hangs is left behind
+    /// and said so.
     pub async fn shutdown(&self) {
         self.inner.stop.cancel();
+        let tasks = std::mem::take(
+            &mut *self
+                .inner
+                .tasks
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner),
+        );
+        let ended = tokio::time::timeout(STOP_WAIT, futures::future::join_all(tasks)).await;
+        if ended.is_err() {
+            tracing::warn!("ingestion or compaction did not end within {STOP_WAIT:?}");
+        }
         let groups: Vec<Arc<Group>> = std::mem::take(
             &mut *self
                 .inner
@@ -167,6 +193,7 @@ impl StoreNode {
         .collect();
         for group in groups {
             group.replica.shutdown().await;
+            group.machine.follower.close().await;
         }
     }
 
@@ -204,12 +231,18 @@ impl Inner {
             addresses,
             embedder,
             groups,
+            tasks: Mutex::default(),
             stop,
         });
         for (id, members) in groups_on_disk(&inner.config.dir)? {
             inner.start_group(id, &members)?;
         }
         Ok(inner)
+    }
+
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        tasks.push(tokio::spawn(task));
     }
 
     fn start_group(self: &Arc<Self>, id: RaftGroupId, members: &[NodeId]) -> Result<(), Error> {
@@ -232,7 +265,8 @@ impl Inner {
             machine.clone(),
         )
         .map_err(|error| Error::unavailable(error.to_string()))?;
-        let (node, min_free_bytes) = (self.config.node, self.config.min_free_bytes);
+        let node = self.config.node;
+        let min_free_bytes = AtomicU64::new(self.config.min_free_bytes);
         let group = Arc::new(Group {
             replica,
             machine,
@@ -246,8 +280,8 @@ impl Inner {
             embedder: self.embedder.clone(),
             program: self.program.clone(),
         };
-        tokio::spawn(ingest.run(self.stop.clone()));
-        tokio::spawn(compact(group.clone(), self.stop.clone()));
+        self.spawn(ingest.run(self.stop.clone()));
+        self.spawn(compact(group.clone(), self.stop.clone()));
         self.groups
             .write()
             .unwrap_or_else(PoisonError::into_inner)
@@ -333,26 +367,58 @@ async fn follow_control(inner: Arc<Inner>, control: ControlHandle) {
     }
 }
 
-/// Destroyed keys leave the disk only when the files that held them are rewritten; the key table is small.
+/// Destroyed keys leave the state's files only when those are rewritten; the key table is small. The Raft log keeps the entry
+/// that brought a key until it is truncated.
 async fn compact(group: Arc<Group>, stop: CancellationToken) {
+    // When which tenant's table is due, and how many compactions it has had since its newest erasure.
+    let mut due: BTreeMap<TenantId, (Instant, usize)> = BTreeMap::new();
     loop {
+        let next = due.values().map(|(at, _)| *at).min();
+        let wait = next.map_or(Duration::MAX, |at| {
+            at.saturating_duration_since(monotonic())
+        });
         tokio::select! {
             () = stop.cancelled() => return,
             () = group.machine.erased.notified() => {}
+            () = tokio::time::sleep(wait) => {}
         }
-        tokio::select! {
-            () = stop.cancelled() => return,
-            () = tokio::time::sleep(COMPACT_AFTER) => {}
+        for (tenant, in_this_run) in group.machine.take_erased() {
+            let first = monotonic() + COMPACT_AFTER[0];
+            // No view outlives its process: after a start once is enough.
+            let last = COMPACT_AFTER.len() - 1;
+            let (at, done) = due.entry(tenant).or_insert((first, last));
+            // One that is due sooner is not put off, or a busy tenant's table would never be compacted.
+            *at = (*at).min(first);
+            if in_this_run {
+                *done = 0;
+            }
         }
-        for tenant in group.machine.take_erased() {
-            if let Err(error) = group
+        let now = monotonic();
+        let ready: Vec<TenantId> = due
+            .iter()
+            .filter(|(_, (at, _))| *at <= now)
+            .map(|(tenant, _)| tenant.clone())
+            .collect();
+        for tenant in ready {
+            if stop.is_cancelled() {
+                return;
+            }
+            let compacted = group
                 .replica
                 .compact_prefix(&keys::data_keys(&tenant))
-                .await
-            {
-                tracing::warn!(%tenant, %error, "destroyed keys are not compacted away yet");
-                group.machine.erase(&tenant);
-                tokio::time::sleep(START_AGAIN).await;
+                .await;
+            let Some((at, done)) = due.get_mut(&tenant) else {
+                continue;
+            };
+            match compacted {
+                Ok(()) => *done += 1,
+                Err(error) => {
+                    tracing::warn!(%tenant, %error, "destroyed keys are not compacted away yet");
+                }
+            }
+            match COMPACT_AFTER.get(*done) {
+                Some(pause) => *at = monotonic() + *pause,
+                None => drop(due.remove(&tenant)),
             }
         }
     }

@@ -5,6 +5,7 @@ pub mod wire;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
 use bytes::Bytes;
 use coordinator::ids::{NodeId, RaftGroupId};
@@ -14,6 +15,10 @@ use futures::future::BoxFuture;
 use crate::node::Embedder;
 use crate::node::group::{Group, Refusal};
 use wire::{Answer, Outcome, Request, SERVICE_CALL, SERVICE_LIST};
+
+/// A list reads one view, and a view keeps what was deleted since on the disk: destroyed keys wait for it
+/// ([`crate::node::COMPACT_AFTER`]).
+pub const LIST_LIMIT: Duration = Duration::from_secs(600);
 
 /// The groups of this node; more come while it runs.
 pub type Groups = Arc<RwLock<BTreeMap<RaftGroupId, Arc<Group>>>>;
@@ -77,25 +82,36 @@ async fn call(group: Arc<Group>, embedder: Arc<dyn Embedder>, request: Request, 
 }
 
 async fn list(group: Arc<Group>, request: Request, mut reply: Reply) {
-    let mut frames = match ops::list(&group, &request.tenant, request.op).await {
-        Ok(frames) => frames,
-        Err(refusal) => {
-            if send(&mut reply, &outcome(Err(refusal))).await {
-                reply.finish().await;
+    let sent = async {
+        let mut frames = ops::list(&group, &request.tenant, request.op).await?;
+        loop {
+            // Reading and opening a frame takes milliseconds of a processor.
+            let read = tokio::task::spawn_blocking(move || {
+                let frame = frames.next();
+                (frame, frames)
+            })
+            .await;
+            let (frame, rest) = read.map_err(|_| Refusal::elsewhere("a list was broken off"))?;
+            frames = rest;
+            let Some(frame) = frame else {
+                return Ok::<_, Refusal>(true);
+            };
+            if !send(&mut reply, &Outcome::Ok(frame?)).await {
+                return Ok(false);
             }
-            return;
         }
     };
-    while let Some(frame) = frames.next() {
-        let failed = frame.is_err();
-        if !send(&mut reply, &outcome(frame.map_err(Refusal::Final))).await {
-            return;
+    let complete = match tokio::time::timeout(LIST_LIMIT, sent).await {
+        Ok(Ok(complete)) => complete,
+        Ok(Err(refusal)) => send(&mut reply, &outcome(Err(refusal))).await,
+        Err(_) => {
+            let why = format!("the list was not taken within {LIST_LIMIT:?}");
+            send(&mut reply, &Outcome::Again { why }).await
         }
-        if failed {
-            break;
-        }
+    };
+    if complete {
+        reply.finish().await;
     }
-    reply.finish().await;
 }
 
 fn outcome(result: Result<Answer, Refusal>) -> Outcome {
@@ -103,6 +119,7 @@ fn outcome(result: Result<Answer, Refusal>) -> Outcome {
         Ok(answer) => Outcome::Ok(answer),
         Err(Refusal::NotLeader { leader }) => Outcome::NotLeader { leader },
         Err(Refusal::Again { why }) => Outcome::Again { why },
+        Err(Refusal::Elsewhere { why, disk_full }) => Outcome::Elsewhere { why, disk_full },
         Err(Refusal::Final(error)) => Outcome::Err(error),
     }
 }

@@ -1,10 +1,15 @@
 //! What each request does. Reads see everything acknowledged before; writes check, seal and propose.
 
+use std::ops::Range;
+
 use coordinator::ids::TenantId;
 use coordinator::replication::View;
 use coordinator::{Redacted, clock};
 
-use super::wire::{Answer, Bytes, LIST_BATCH, MAX_NAME_CHARS, MAX_QUERY_BYTES, MAX_TOP_K, Op};
+use super::wire::{
+    Answer, Bytes, LIST_BATCH, LIST_FRAME_BYTES, MAX_MEDIA_TYPE_BYTES, MAX_NAME_CHARS,
+    MAX_QUERY_BYTES, MAX_TOP_K, Op,
+};
 use crate::client::MAX_UPLOAD_BYTES;
 use crate::crypto::Key;
 use crate::index::Arms;
@@ -12,23 +17,23 @@ use crate::node::group::{Group, Refusal};
 use crate::node::{EmbedKind, Embedder};
 use crate::retrieve::{self, unit};
 use crate::store::machine::encode;
-use crate::store::reader::{OpenDocument, Reader, visible_chunk};
+use crate::store::reader::{OpenDocument, ReadError, Reader, visible_chunk};
 use crate::store::{
     CollectionAbout, CollectionId, Command, DocumentAbout, DocumentId, Error, Hit, PART_BYTES,
-    RetrieveRequest, keys,
+    RetrieveRequest, Stage, keys,
 };
 
 /// Documents of a tenant that may wait for ingestion; an upload above it is told to come later.
 const MAX_UNFINISHED: usize = 10_000;
 
-/// How long a question waits for indexes that are behind (after a start they are built anew).
+/// How long a question waits until its tenant's newest documents are indexed, or the indexes are built after a start.
 const INDEX_WAIT: std::time::Duration = std::time::Duration::from_secs(2);
 
 /// How long a question waits for its vector before full text answers alone.
 const QUERY_EMBED_WAIT: std::time::Duration = std::time::Duration::from_secs(5);
 
 /// Frames of a list.
-pub type Frames = Box<dyn Iterator<Item = Result<Answer, Error>> + Send>;
+pub type Frames = Box<dyn Iterator<Item = Result<Answer, ReadError>> + Send>;
 
 /// Does a request with one answer.
 pub async fn answer(
@@ -111,6 +116,7 @@ async fn create_collection(
 ) -> Result<Answer, Refusal> {
     let name = name.trim();
     check_name("name", name)?;
+    group.check_leads()?;
     group.check_space(0)?;
     let key = group.tenant_key(tenant).await?;
     let about = CollectionAbout {
@@ -157,6 +163,13 @@ async fn begin(
     parts: u32,
 ) -> Result<Answer, Refusal> {
     check_name("filename", &about.name)?;
+    if about.media_type.len() > MAX_MEDIA_TYPE_BYTES {
+        let why = format!(
+            "expected at most {MAX_MEDIA_TYPE_BYTES} bytes, got {}",
+            about.media_type.len()
+        );
+        return Err(Error::invalid("media_type", why).into());
+    }
     if bytes > MAX_UPLOAD_BYTES {
         return Err(Error::TooLarge {
             limit: MAX_UPLOAD_BYTES,
@@ -169,6 +182,7 @@ async fn begin(
             Error::invalid("parts", format!("{bytes} bytes do not make {parts} parts")).into(),
         );
     }
+    group.check_leads()?;
     group.check_space(bytes)?;
     let view = group.replica.local_view();
     if Reader::new(&view, &group.root).unfinished_count(tenant)? >= MAX_UNFINISHED {
@@ -251,10 +265,10 @@ async fn retrieve(
             return Err(Error::NotFound.into());
         }
     }
-    if tokio::time::timeout(INDEX_WAIT, group.machine.follower.caught_up())
-        .await
-        .is_err()
-    {
+    let follower = &group.machine.follower;
+    // What is behind after that is searched as it is: hits are read from the view, and a newer document is found a moment later.
+    let _ = tokio::time::timeout(INDEX_WAIT, follower.caught_up_for(tenant)).await;
+    if !follower.is_built() {
         return Err(Refusal::Again {
             why: "this node is building its indexes".into(),
         });
@@ -274,25 +288,37 @@ async fn retrieve(
     };
     let arms = tokio::task::spawn_blocking(search)
         .await
-        .map_err(|_| Error::unavailable("a search was broken off"))?
-        .map_err(|error| Error::unavailable(format!("the full-text index failed: {error}")))?;
-    // Indexes may be a moment ahead of or behind the view: what the view no longer has is left out, hence some in reserve.
+        .map_err(|_| Refusal::elsewhere("a search was broken off"))?
+        .map_err(|error| Refusal::elsewhere(format!("the full-text index failed: {error}")))?;
+    let (view, root, owner) = (
+        group.replica.local_view(),
+        group.root.clone(),
+        tenant.clone(),
+    );
+    let top_k = request.top_k;
+    let read = move || hits(&view, &root, &owner, &arms, top_k);
+    let hits = tokio::task::spawn_blocking(read)
+        .await
+        .map_err(|_| Refusal::elsewhere("reading the hits was broken off"))??;
+    Ok(hits)
+}
+
+/// Indexes may be a moment ahead of or behind the view: what the view no longer has is left out, hence some in reserve.
+fn hits(
+    view: &View,
+    root: &Key,
+    tenant: &TenantId,
+    arms: &Arms,
+    top_k: usize,
+) -> Result<Vec<Hit>, ReadError> {
     let mut hits = Vec::new();
-    let view = group.replica.local_view();
-    for (chunk, score) in retrieve::fuse(&arms, request.top_k + 20) {
-        match hit(
-            &view,
-            &group.root,
-            tenant,
-            chunk.document,
-            chunk.ordinal,
-            score,
-        ) {
+    for (chunk, score) in retrieve::fuse(arms, top_k + 20) {
+        match hit(view, root, tenant, chunk.document, chunk.ordinal, score) {
             Ok(hit) => hits.push(hit),
-            Err(Error::NotFound) => {}
-            Err(error) => return Err(error.into()),
+            Err(ReadError::NotFound) => {}
+            Err(error) => return Err(error),
         }
-        if hits.len() == request.top_k {
+        if hits.len() == top_k {
             break;
         }
     }
@@ -325,7 +351,7 @@ fn hit(
     document: DocumentId,
     ordinal: u32,
     score: f32,
-) -> Result<Hit, Error> {
+) -> Result<Hit, ReadError> {
     let reader = Reader::new(view, root);
     let open = reader.open(tenant, document)?;
     let chunk = reader.chunk(tenant, &open, ordinal)?;
@@ -362,16 +388,19 @@ pub async fn list(group: &Group, tenant: &TenantId, op: Op) -> Result<Frames, Re
             let reader = Reader::new(&view, &root);
             reader.document(&tenant, document)?;
             let open = reader.open(&tenant, document)?;
-            let count = open.record.chunks;
-            let frame = move |first: u32| {
-                let reader = Reader::new(&view, &root);
-                let ordinals = first..count.min(first + LIST_BATCH as u32);
-                let chunk = |n| Ok(visible_chunk(n, reader.chunk(&tenant, &open, n)?));
-                Ok(Answer::Chunks(
-                    ordinals.map(chunk).collect::<Result<_, Error>>()?,
-                ))
+            let count = match open.record.stage {
+                Stage::Ready => open.record.chunks,
+                _ => 0,
             };
-            Ok(Box::new((0..count).step_by(LIST_BATCH).map(frame)))
+            let mut next = 0;
+            Ok(Box::new(std::iter::from_fn(move || {
+                let frame =
+                    (next < count).then(|| chunks(&view, &root, &tenant, &open, next..count))?;
+                if let Ok(Answer::Chunks(frame)) = &frame {
+                    next += frame.len() as u32;
+                }
+                Some(frame)
+            })))
         }
         Op::Original { document } => {
             let reader = Reader::new(&view, &root);
@@ -390,19 +419,40 @@ pub async fn list(group: &Group, tenant: &TenantId, op: Op) -> Result<Frames, Re
     }
 }
 
+/// The first of these chunks, as many as one frame holds and at least one.
+fn chunks(
+    view: &View,
+    root: &Key,
+    tenant: &TenantId,
+    open: &OpenDocument,
+    ordinals: Range<u32>,
+) -> Result<Answer, ReadError> {
+    let reader = Reader::new(view, root);
+    let (mut chunks, mut bytes) = (Vec::new(), 0);
+    for ordinal in ordinals.take(LIST_BATCH) {
+        let chunk = visible_chunk(ordinal, reader.chunk(tenant, open, ordinal)?);
+        bytes += chunk.heading.len() + chunk.text.expose().len();
+        chunks.push(chunk);
+        if bytes >= LIST_FRAME_BYTES {
+            break;
+        }
+    }
+    Ok(Answer::Chunks(chunks))
+}
+
 fn documents(
     view: &View,
     root: &Key,
     tenant: &TenantId,
     ids: &[DocumentId],
-) -> Result<Answer, Error> {
+) -> Result<Answer, ReadError> {
     let reader = Reader::new(view, root);
     let mut documents = Vec::with_capacity(ids.len());
     for id in ids {
         match reader.document(tenant, *id) {
             Ok(document) => documents.push(document),
             // Still uploading: nobody sees it yet.
-            Err(Error::NotFound) => {}
+            Err(ReadError::NotFound) => {}
             Err(error) => return Err(error),
         }
     }

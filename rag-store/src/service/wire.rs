@@ -13,11 +13,15 @@ pub const SERVICE_CALL: &str = "store.call";
 /// One request, reply frames until the list ends.
 pub const SERVICE_LIST: &str = "store.list";
 
-/// Entries in one frame of a list: 1,000 chunks of 2 KiB stay far below the frame limit.
+/// Entries in one frame of a list.
 pub const LIST_BATCH: usize = 1_000;
+/// A frame of a list is closed once it holds so much: an entry has some KiB at most, and the transport's limit is 16 MiB.
+pub const LIST_FRAME_BYTES: usize = 2 * 1024 * 1024;
 
 /// Longest collection or file name, in characters.
 pub const MAX_NAME_CHARS: usize = 200;
+/// Longest media type, in bytes; RFC 6838 allows 127 on each side of the slash.
+pub const MAX_MEDIA_TYPE_BYTES: usize = 255;
 /// Longest question, in bytes; the embedding model reads about 2,000 of them.
 pub const MAX_QUERY_BYTES: usize = 32 * 1024;
 /// Most hits of one question.
@@ -122,4 +126,9 @@ pub enum Outcome {
         why: String,
     },
     Err(Error),
+    /// This node cannot; ask another one. It may have taken effect.
+    Elsewhere {
+        why: String,
+        disk_full: bool,
+    },
 }

@@ -152,6 +152,7 @@ pub struct DocumentRecord {
     pub attempt: u64,
     pub permille: u16,
     pub pages: Option<u32>,
+    /// Chunks stored so far; seen once the stage is `Ready`.
     pub chunks: u32,
     /// [`DocumentAbout`] under the document's key.
     pub about: Sealed,

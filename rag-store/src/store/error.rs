@@ -30,7 +30,7 @@ pub enum Error {
         /// What was tried and what came.
         why: String,
     },
-    /// The disk of the store's leader is full. What was acknowledged before is safe.
+    /// The disk of the store's leader, or of every replica, is full. What was acknowledged before is safe.
     #[error(
         "the store's disk is full: {why}; free space or enlarge the volume, then send the document again"
     )]

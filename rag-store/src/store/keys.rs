@@ -23,6 +23,12 @@ pub fn tenant(tenant: &TenantId) -> Vec<u8> {
     [TENANTS, tenant.as_str().as_bytes()].concat()
 }
 
+/// The tenant of such a place.
+pub fn tenant_of(place: &[u8]) -> Option<TenantId> {
+    let name = place.strip_prefix(TENANTS)?;
+    std::str::from_utf8(name).ok()?.parse().ok()
+}
+
 /// The tenant's key, wrapped by the root key.
 pub fn tenant_key(tenant: &TenantId) -> Vec<u8> {
     key(tenant, b'K', &[])

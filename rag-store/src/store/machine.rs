@@ -107,8 +107,8 @@ pub fn apply(entry: Entry, state: &mut dyn State) -> Reply {
             document,
             attempt,
             chunks,
-        } => step.ingesting(document, attempt, |step, _| {
-            step.put_chunks(document, &chunks);
+        } => step.ingesting(document, attempt, |step, record| {
+            step.put_chunks(document, record, &chunks);
             Reply::Done
         }),
         Command::Ready {
@@ -127,6 +127,7 @@ pub fn apply(entry: Entry, state: &mut dyn State) -> Reply {
                 .delete_prefix(&keys::chunks(&step.tenant, document));
             step.state.delete(&keys::unfinished(&step.tenant, document));
             record.stage = Stage::Failed;
+            record.chunks = 0;
             record.failure = Some(reason);
             Reply::Done
         }),
@@ -158,6 +159,8 @@ impl Step<'_> {
         match self.state.get(&name) {
             Some(owner) if owner == id.bytes() => Reply::Done,
             Some(_) => Reply::Exists,
+            // An id is used again only by mistake; the collection that has it keeps its name and its documents.
+            None if self.collection(id).is_some() => Reply::Exists,
             None => {
                 self.state.put(&name, id.bytes());
                 self.state
@@ -275,6 +278,7 @@ impl Step<'_> {
         record.stage = Stage::Processing;
         record.attempt = attempt;
         record.permille = 0;
+        record.chunks = 0;
         self.state.delete_prefix(&keys::chunks(&self.tenant, id));
         self.put_document(id, &record);
         Reply::Done
@@ -294,16 +298,25 @@ impl Step<'_> {
             return Reply::Stale;
         }
         let reply = change(self, &mut record);
-        if reply == Reply::Done {
+        if matches!(reply, Reply::Done | Reply::Incomplete) {
             self.put_document(id, &record);
         }
         reply
     }
 
-    fn put_chunks(&mut self, id: DocumentId, chunks: &[(u32, Sealed)]) {
+    /// Counts as it goes, so that [`Command::Ready`] need not read all chunks of a document to know how many there are.
+    fn put_chunks(
+        &mut self,
+        id: DocumentId,
+        record: &mut DocumentRecord,
+        chunks: &[(u32, Sealed)],
+    ) {
         for (ordinal, sealed) in chunks {
-            self.state
-                .put(&keys::chunk(&self.tenant, id, *ordinal), sealed.as_bytes());
+            let place = keys::chunk(&self.tenant, id, *ordinal);
+            if self.state.get(&place).is_none() {
+                record.chunks = record.chunks.saturating_add(1);
+            }
+            self.state.put(&place, sealed.as_bytes());
         }
     }
 
@@ -320,16 +333,14 @@ impl Step<'_> {
             return Reply::Done;
         }
         self.ingesting(id, attempt, |step, record| {
-            step.put_chunks(id, last);
-            let stored = step.state.keys(&keys::chunks(&step.tenant, id)).len();
-            if stored != count as usize {
+            step.put_chunks(id, record, last);
+            if record.chunks != count {
                 return Reply::Incomplete;
             }
             step.state.delete(&keys::unfinished(&step.tenant, id));
             record.stage = Stage::Ready;
             record.permille = 1000;
             record.pages = pages.or(record.pages);
-            record.chunks = count;
             Reply::Done
         })
     }

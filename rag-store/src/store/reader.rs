@@ -12,17 +12,34 @@ use super::machine::decode;
 use super::{Collection, CollectionId, Document, DocumentChunk, DocumentId, Error, Status, keys};
 use crate::crypto::{Key, OpenError, Sealed};
 
-impl From<OpenError> for Error {
+/// Why something could not be read here; another replica may still read it, unless it is not there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ReadError {
+    NotFound,
+    /// The replica's disk fails, or the replica was shut down.
+    Replica(replication::Error),
+    /// What is there cannot be opened or is of another version.
+    Unreadable(String),
+}
+
+impl From<OpenError> for ReadError {
     fn from(error: OpenError) -> Self {
-        Self::unavailable(error.to_string())
+        Self::Unreadable(error.to_string())
     }
 }
 
-impl From<replication::Error> for Error {
+impl From<replication::Error> for ReadError {
     fn from(error: replication::Error) -> Self {
-        match error {
-            replication::Error::Storage { why } => Self::DiskFull { why },
-            other => Self::unavailable(other.to_string()),
+        Self::Replica(error)
+    }
+}
+
+impl std::fmt::Display for ReadError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::NotFound => std::fmt::Display::fmt(&Error::NotFound, f),
+            Self::Replica(error) => std::fmt::Display::fmt(error, f),
+            Self::Unreadable(why) => f.write_str(why),
         }
     }
 }
@@ -45,12 +62,12 @@ impl<'a> Reader<'a> {
         Self { view, root }
     }
 
-    fn get<T: DeserializeOwned>(&self, place: &[u8]) -> Result<Option<T>, Error> {
+    fn get<T: DeserializeOwned>(&self, place: &[u8]) -> Result<Option<T>, ReadError> {
         Ok(decode(self.view.get(place)?))
     }
 
     /// The ids at the ends of the keys with this prefix, in order.
-    fn ids(&self, prefix: &[u8]) -> Result<Vec<[u8; 16]>, Error> {
+    fn ids(&self, prefix: &[u8]) -> Result<Vec<[u8; 16]>, ReadError> {
         let mut ids = Vec::new();
         for entry in self.view.scan_prefix(prefix) {
             ids.extend(keys::last_id(&entry?.0));
@@ -58,7 +75,7 @@ impl<'a> Reader<'a> {
         Ok(ids)
     }
 
-    fn document_ids_at(&self, prefix: &[u8]) -> Result<Vec<DocumentId>, Error> {
+    fn document_ids_at(&self, prefix: &[u8]) -> Result<Vec<DocumentId>, ReadError> {
         Ok(self
             .ids(prefix)?
             .into_iter()
@@ -67,20 +84,16 @@ impl<'a> Reader<'a> {
     }
 
     /// Tenants that have ever stored something here.
-    pub fn tenants(&self) -> Result<Vec<TenantId>, Error> {
+    pub fn tenants(&self) -> Result<Vec<TenantId>, ReadError> {
         let mut tenants = Vec::new();
         for entry in self.view.scan_prefix(keys::TENANTS) {
-            let (key, _) = entry?;
-            let name = key
-                .get(keys::TENANTS.len()..)
-                .and_then(|tail| std::str::from_utf8(tail).ok());
-            tenants.extend(name.and_then(|name| name.parse::<TenantId>().ok()));
+            tenants.extend(keys::tenant_of(&entry?.0));
         }
         Ok(tenants)
     }
 
     /// The tenant's key; `None` before it has stored anything.
-    pub fn tenant_key(&self, tenant: &TenantId) -> Result<Option<Key>, Error> {
+    pub fn tenant_key(&self, tenant: &TenantId) -> Result<Option<Key>, ReadError> {
         let place = keys::tenant_key(tenant);
         let Some(wrapped) = self.get::<Sealed>(&place)? else {
             return Ok(None);
@@ -89,13 +102,13 @@ impl<'a> Reader<'a> {
     }
 
     /// The document's record and key.
-    pub fn open(&self, tenant: &TenantId, id: DocumentId) -> Result<OpenDocument, Error> {
+    pub fn open(&self, tenant: &TenantId, id: DocumentId) -> Result<OpenDocument, ReadError> {
         let record: DocumentRecord = self
             .get(&keys::document(tenant, id))?
-            .ok_or(Error::NotFound)?;
-        let tenant_key = self.tenant_key(tenant)?.ok_or(Error::NotFound)?;
+            .ok_or(ReadError::NotFound)?;
+        let tenant_key = self.tenant_key(tenant)?.ok_or(ReadError::NotFound)?;
         let place = keys::data_key(tenant, id);
-        let wrapped: Sealed = self.get(&place)?.ok_or(Error::NotFound)?;
+        let wrapped: Sealed = self.get(&place)?.ok_or(ReadError::NotFound)?;
         Ok(OpenDocument {
             id,
             record,
@@ -103,10 +116,10 @@ impl<'a> Reader<'a> {
         })
     }
 
-    pub fn collection(&self, tenant: &TenantId, id: CollectionId) -> Result<Collection, Error> {
+    pub fn collection(&self, tenant: &TenantId, id: CollectionId) -> Result<Collection, ReadError> {
         let place = keys::collection(tenant, id);
-        let record: CollectionRecord = self.get(&place)?.ok_or(Error::NotFound)?;
-        let key = self.tenant_key(tenant)?.ok_or(Error::NotFound)?;
+        let record: CollectionRecord = self.get(&place)?.ok_or(ReadError::NotFound)?;
+        let key = self.tenant_key(tenant)?.ok_or(ReadError::NotFound)?;
         let about: CollectionAbout = opened(&key, &place, &record.about)?;
         Ok(Collection {
             id,
@@ -118,12 +131,12 @@ impl<'a> Reader<'a> {
     }
 
     /// Whether the tenant has this collection.
-    pub fn has_collection(&self, tenant: &TenantId, id: CollectionId) -> Result<bool, Error> {
+    pub fn has_collection(&self, tenant: &TenantId, id: CollectionId) -> Result<bool, ReadError> {
         Ok(self.view.get(&keys::collection(tenant, id))?.is_some())
     }
 
     /// All collections, oldest first (ids sort by time).
-    pub fn collections(&self, tenant: &TenantId) -> Result<Vec<Collection>, Error> {
+    pub fn collections(&self, tenant: &TenantId) -> Result<Vec<Collection>, ReadError> {
         self.ids(&keys::collections(tenant))?
             .into_iter()
             .map(|id| self.collection(tenant, CollectionId::from_bytes(id)))
@@ -131,10 +144,10 @@ impl<'a> Reader<'a> {
     }
 
     /// A document as its owner sees it; not there while it is uploading.
-    pub fn document(&self, tenant: &TenantId, id: DocumentId) -> Result<Document, Error> {
+    pub fn document(&self, tenant: &TenantId, id: DocumentId) -> Result<Document, ReadError> {
         let open = self.open(tenant, id)?;
         let status = match open.record.stage {
-            Stage::Uploading => return Err(Error::NotFound),
+            Stage::Uploading => return Err(ReadError::NotFound),
             Stage::Queued => Status::Queued,
             Stage::Processing => Status::Processing,
             Stage::Ready => Status::Ready,
@@ -160,12 +173,21 @@ impl<'a> Reader<'a> {
             progress: f32::from(record.permille) / 1000.0,
             error,
             created_ms: record.created_ms,
-            chunks: record.chunks,
+            // While it is being read, the record counts those that nobody sees yet.
+            chunks: if status == Status::Ready {
+                record.chunks
+            } else {
+                0
+            },
         })
     }
 
     /// Name and media type of a document.
-    pub fn about(&self, tenant: &TenantId, open: &OpenDocument) -> Result<DocumentAbout, Error> {
+    pub fn about(
+        &self,
+        tenant: &TenantId,
+        open: &OpenDocument,
+    ) -> Result<DocumentAbout, ReadError> {
         opened(
             &open.key,
             &keys::document(tenant, open.id),
@@ -178,12 +200,12 @@ impl<'a> Reader<'a> {
         &self,
         tenant: &TenantId,
         collection: CollectionId,
-    ) -> Result<Vec<DocumentId>, Error> {
+    ) -> Result<Vec<DocumentId>, ReadError> {
         self.document_ids_at(&keys::members(tenant, collection))
     }
 
     /// Ids of all documents of the tenant.
-    pub fn document_ids(&self, tenant: &TenantId) -> Result<Vec<DocumentId>, Error> {
+    pub fn document_ids(&self, tenant: &TenantId) -> Result<Vec<DocumentId>, ReadError> {
         self.document_ids_at(&keys::documents(tenant))
     }
 
@@ -191,7 +213,7 @@ impl<'a> Reader<'a> {
     pub fn unfinished(
         &self,
         tenant: &TenantId,
-    ) -> Result<Vec<(DocumentId, DocumentRecord)>, Error> {
+    ) -> Result<Vec<(DocumentId, DocumentRecord)>, ReadError> {
         let mut documents = Vec::new();
         for id in self.document_ids_at(&keys::unfinished_all(tenant))? {
             documents.extend(
@@ -203,12 +225,12 @@ impl<'a> Reader<'a> {
     }
 
     /// How many documents are neither ready nor failed.
-    pub fn unfinished_count(&self, tenant: &TenantId) -> Result<usize, Error> {
+    pub fn unfinished_count(&self, tenant: &TenantId) -> Result<usize, ReadError> {
         Ok(self.ids(&keys::unfinished_all(tenant))?.len())
     }
 
     /// Deleted documents whose parts and chunks still take room.
-    pub fn garbage(&self, tenant: &TenantId) -> Result<Vec<DocumentId>, Error> {
+    pub fn garbage(&self, tenant: &TenantId) -> Result<Vec<DocumentId>, ReadError> {
         self.document_ids_at(&keys::garbage_all(tenant))
     }
 
@@ -218,14 +240,14 @@ impl<'a> Reader<'a> {
         tenant: &TenantId,
         open: &OpenDocument,
         part: u32,
-    ) -> Result<Vec<u8>, Error> {
+    ) -> Result<Vec<u8>, ReadError> {
         let place = keys::original(tenant, open.id, part);
-        let sealed = self.view.get(&place)?.ok_or(Error::NotFound)?;
+        let sealed = self.view.get(&place)?.ok_or(ReadError::NotFound)?;
         Ok(open.key.open(&place, &Sealed::from_stored(sealed))?)
     }
 
     /// The whole original.
-    pub fn original(&self, tenant: &TenantId, open: &OpenDocument) -> Result<Vec<u8>, Error> {
+    pub fn original(&self, tenant: &TenantId, open: &OpenDocument) -> Result<Vec<u8>, ReadError> {
         let mut bytes = Vec::with_capacity(open.record.bytes as usize);
         for part in 0..open.record.parts {
             bytes.extend_from_slice(&self.part(tenant, open, part)?);
@@ -239,9 +261,9 @@ impl<'a> Reader<'a> {
         tenant: &TenantId,
         open: &OpenDocument,
         ordinal: u32,
-    ) -> Result<ChunkRecord, Error> {
+    ) -> Result<ChunkRecord, ReadError> {
         let place = keys::chunk(tenant, open.id, ordinal);
-        let sealed = self.view.get(&place)?.ok_or(Error::NotFound)?;
+        let sealed = self.view.get(&place)?.ok_or(ReadError::NotFound)?;
         opened(&open.key, &place, &Sealed::from_stored(sealed))
     }
 
@@ -250,7 +272,7 @@ impl<'a> Reader<'a> {
         &self,
         tenant: &TenantId,
         open: &OpenDocument,
-    ) -> Result<Vec<ChunkRecord>, Error> {
+    ) -> Result<Vec<ChunkRecord>, ReadError> {
         let count = if open.record.stage == Stage::Ready {
             open.record.chunks
         } else {
@@ -279,10 +301,10 @@ pub fn failure_place(tenant: &TenantId, id: DocumentId) -> Vec<u8> {
     place
 }
 
-fn opened<T: DeserializeOwned>(key: &Key, place: &[u8], sealed: &Sealed) -> Result<T, Error> {
+fn opened<T: DeserializeOwned>(key: &Key, place: &[u8], sealed: &Sealed) -> Result<T, ReadError> {
     let plain = key.open(place, sealed)?;
     postcard::from_bytes(&plain).map_err(|e| {
-        Error::unavailable(format!(
+        ReadError::Unreadable(format!(
             "a stored record is of another version ({e}); upgrade this node"
         ))
     })
