@@ -8,6 +8,7 @@ use utoipa::ToSchema;
 use crate::app::App;
 use crate::error::ErrorBody;
 use crate::http::auth::Caller;
+use crate::openai::request::MAX_COLLECTIONS;
 
 /// What the sender's key stands for, and what the page needs to know before it asks.
 #[derive(Debug, Serialize, ToSchema)]
@@ -28,6 +29,8 @@ pub struct Me {
     pub operator: bool,
     /// Largest document that may be uploaded, in bytes.
     pub max_upload_bytes: u64,
+    /// Most collections of one question.
+    pub max_collections: usize,
 }
 
 /// Tenant and rights of the key that asks.
@@ -49,5 +52,6 @@ pub async fn get(State(app): State<App>, caller: Caller) -> Reply<Me> {
         admin: caller.key.admin,
         operator: caller.operator,
         max_upload_bytes: app.config.max_upload_bytes,
+        max_collections: MAX_COLLECTIONS,
     })
 }

@@ -1,5 +1,7 @@
 // Every word a person reads, German first.
 
+import { ApiError } from "./api";
+
 const de = {
   language: "English",
   appClaim: "Fragen an Ihre eigenen Dokumente",
@@ -12,6 +14,9 @@ const de = {
   keyLabel: "Zugangsschlüssel",
   keyHint: "Den Schlüssel erhalten Sie von Ihrer Administration. Er beginnt mit vb-.",
   keyWrong: "Dieser Schlüssel gilt nicht. Bitte prüfen Sie die Eingabe.",
+  signedOut: "Ihr Zugangsschlüssel gilt nicht mehr. Bitte melden Sie sich erneut an.",
+  loading: "Wird geladen …",
+  retry: "Erneut versuchen",
   greeting: "Was möchten Sie wissen?",
   questionLabel: "Ihre Frage",
   questionHint: "Frage eingeben …",
@@ -21,15 +26,19 @@ const de = {
   newChat: "Neues Gespräch",
   copy: "Antwort kopieren",
   copied: "Kopiert",
+  notCopied: "Bitte von Hand kopieren",
   useCollections: "Antworten aus",
   noCollections: "Noch keine Sammlung vorhanden.",
   noKnowledge: "Ohne Sammlung antwortet das Modell nur aus allgemeinem Wissen.",
+  mostCollections: (most: number) => `Je Frage können höchstens ${most} Sammlungen gewählt werden.`,
+  collectionsUnknown: "Ihre Sammlungen konnten nicht geladen werden.",
   you: "Sie",
   aiMade: "KI-generiert",
   aiNotice: "Antworten sind KI-generiert und können falsch sein. Bitte prüfen Sie die Quellen, bevor Sie danach handeln.",
   thinking: "Die Antwort wird erstellt …",
   answered: "Die Antwort ist vollständig.",
   stopped: "Angehalten.",
+  cutOff: "Die Antwort hat die größte Länge erreicht und ist hier abgeschnitten.",
   sources: "Quellen",
   source: "Quelle",
   noSource: "Keine Fundstelle in den gewählten Sammlungen.",
@@ -49,7 +58,9 @@ const de = {
   collectionName: "Name der Sammlung",
   create: "Anlegen",
   uploadHere: "Dateien hierher ziehen oder auswählen",
-  uploadKinds: "PDF, DOCX, ODT, HTML, Markdown oder Text, je Datei höchstens 50 MB",
+  uploadKinds: (most: string) => `PDF, DOCX, ODT, HTML, Markdown oder Text, je Datei höchstens ${most}`,
+  tooLarge: (size: string, most: string) => `Die Datei hat ${size}, erlaubt sind höchstens ${most}. Bitte teilen Sie sie auf.`,
+  emptyFile: "Die Datei ist leer.",
   choose: "Dateien auswählen",
   status: { queued: "wartet", processing: "wird gelesen", ready: "bereit", failed: "fehlgeschlagen" },
   uploading: "wird hochgeladen",
@@ -61,6 +72,30 @@ const de = {
   state: "Stand",
   actions: "Aktionen",
   failed: "Das hat nicht geklappt:",
+  errors: {
+    network: "Der Server ist nicht erreichbar. Bitte prüfen Sie Ihre Verbindung und versuchen Sie es erneut.",
+    invalid_api_key: "Ihr Zugangsschlüssel gilt nicht. Bitte melden Sie sich erneut an.",
+    insufficient_permissions: "Dazu fehlt Ihrem Zugangsschlüssel die Berechtigung.",
+    cluster_unknown: "Das System startet gerade. Bitte versuchen Sie es in einigen Sekunden erneut.",
+    cluster_unavailable: "Das System ist gerade nicht erreichbar. Bitte versuchen Sie es in einigen Sekunden erneut.",
+    model_not_ready: "Das Sprachmodell wird gerade geladen. Bitte versuchen Sie es in einigen Sekunden erneut.",
+    model_not_found: "Das Sprachmodell steht nicht mehr zur Verfügung. Bitte laden Sie die Seite neu.",
+    interrupted: "Die Antwort wurde unterbrochen. Bitte stellen Sie die Frage erneut.",
+    timeout: "Die Antwort blieb zu lange aus. Bitte stellen Sie die Frage erneut.",
+    rate_limit_exceeded: "Das System ist gerade ausgelastet. Bitte versuchen Sie es in einigen Sekunden erneut.",
+    context_length_exceeded: "Das Gespräch ist zu lang geworden. Bitte beginnen Sie ein neues Gespräch oder fragen Sie kürzer.",
+    store_unavailable: "Der Dokumentenspeicher ist gerade nicht erreichbar. Bitte versuchen Sie es in einigen Sekunden erneut.",
+    disk_full: "Der Dokumentenspeicher ist voll. Bitte wenden Sie sich an Ihre Administration.",
+    too_large: "Das ist größer als erlaubt.",
+    already_exists: "Diesen Namen gibt es schon. Bitte wählen Sie einen anderen.",
+    not_found: "Das gibt es nicht mehr. Bitte laden Sie die Seite neu.",
+    request_timeout: "Die Übertragung war zu langsam oder stockte. Bitte versuchen Sie es erneut.",
+    invalid_form: "Die Datei kam nicht vollständig an. Bitte versuchen Sie es erneut.",
+    incomplete_body: "Die Übertragung brach ab. Bitte versuchen Sie es erneut.",
+    invalid_value: "Der Server nimmt diese Angabe nicht an.",
+    internal_error: "Im Server ist ein Fehler aufgetreten. Bitte wenden Sie sich an Ihre Administration.",
+  } as Record<string, string>,
+  unexpected: (what: string) => `Unerwarteter Fehler (${what}). Bitte wenden Sie sich an Ihre Administration.`,
 };
 
 const en: typeof de = {
@@ -75,6 +110,9 @@ const en: typeof de = {
   keyLabel: "Access key",
   keyHint: "Your administrators gave you the key. It begins with vb-.",
   keyWrong: "This key is not valid. Please check it.",
+  signedOut: "Your access key is not valid any more. Please sign in again.",
+  loading: "Loading …",
+  retry: "Try again",
   greeting: "What would you like to know?",
   questionLabel: "Your question",
   questionHint: "Type a question …",
@@ -84,15 +122,19 @@ const en: typeof de = {
   newChat: "New chat",
   copy: "Copy answer",
   copied: "Copied",
+  notCopied: "Please copy by hand",
   useCollections: "Answer from",
   noCollections: "There is no collection yet.",
   noKnowledge: "Without a collection the model answers from general knowledge only.",
+  mostCollections: (most: number) => `At most ${most} collections can be chosen for one question.`,
+  collectionsUnknown: "Your collections could not be loaded.",
   you: "You",
   aiMade: "AI-generated",
   aiNotice: "Answers are AI-generated and may be wrong. Please check the sources before you act on them.",
   thinking: "The answer is being written …",
   answered: "The answer is complete.",
   stopped: "Stopped.",
+  cutOff: "The answer reached its greatest length and is cut off here.",
   sources: "Sources",
   source: "Source",
   noSource: "Nothing found in the chosen collections.",
@@ -108,7 +150,9 @@ const en: typeof de = {
   collectionName: "Name of the collection",
   create: "Create",
   uploadHere: "Drop files here or choose them",
-  uploadKinds: "PDF, DOCX, ODT, HTML, Markdown or text, at most 50 MB each",
+  uploadKinds: (most: string) => `PDF, DOCX, ODT, HTML, Markdown or text, at most ${most} each`,
+  tooLarge: (size: string, most: string) => `The file has ${size}, at most ${most} are allowed. Please divide it.`,
+  emptyFile: "The file is empty.",
   choose: "Choose files",
   status: { queued: "waiting", processing: "being read", ready: "ready", failed: "failed" },
   uploading: "uploading",
@@ -120,10 +164,36 @@ const en: typeof de = {
   state: "State",
   actions: "Actions",
   failed: "That did not work:",
+  errors: {
+    network: "The server cannot be reached. Please check your connection and try again.",
+    invalid_api_key: "Your access key is not valid. Please sign in again.",
+    insufficient_permissions: "Your access key does not permit this.",
+    cluster_unknown: "The system is starting. Please try again in a few seconds.",
+    cluster_unavailable: "The system cannot be reached. Please try again in a few seconds.",
+    model_not_ready: "The language model is being loaded. Please try again in a few seconds.",
+    model_not_found: "The language model is not available any more. Please reload the page.",
+    interrupted: "The answer was interrupted. Please ask again.",
+    timeout: "The answer took too long. Please ask again.",
+    rate_limit_exceeded: "The system is busy. Please try again in a few seconds.",
+    context_length_exceeded: "The chat has become too long. Please start a new one or ask a shorter question.",
+    store_unavailable: "The document store cannot be reached. Please try again in a few seconds.",
+    disk_full: "The document store is full. Please tell your administrators.",
+    too_large: "This is larger than allowed.",
+    already_exists: "This name is taken. Please choose another one.",
+    not_found: "This does not exist any more. Please reload the page.",
+    request_timeout: "The transfer was too slow or stalled. Please try again.",
+    invalid_form: "The file did not arrive whole. Please try again.",
+    incomplete_body: "The transfer broke off. Please try again.",
+    invalid_value: "The server does not accept this value.",
+    internal_error: "An error occurred in the server. Please tell your administrators.",
+  },
+  unexpected: (what: string) => `Unexpected error (${what}). Please tell your administrators.`,
 };
 
 const LANGUAGE = "verbund.language";
-let language = $state(localStorage.getItem(LANGUAGE) === "en" ? "en" : "de");
+const chosen = localStorage.getItem(LANGUAGE) === "en" ? "en" : "de";
+let language = $state<"de" | "en">(chosen);
+document.documentElement.lang = chosen;
 
 export const text = () => (language === "en" ? en : de);
 
@@ -133,4 +203,15 @@ export function switchLanguage() {
   document.documentElement.lang = language;
 }
 
-document.documentElement.lang = language;
+/** What went wrong, in the reader's language; what the server said in English stays out of it. */
+export function explain(problem: unknown): string {
+  const t = text();
+  if (problem instanceof ApiError) return t.errors[problem.code] ?? t.unexpected(problem.code || `HTTP ${problem.status}`);
+  return t.unexpected(problem instanceof Error ? problem.name : typeof problem);
+}
+
+/** A number of bytes as people know it from their files. What is too large is rounded up and a limit down, so that they differ. */
+export function size(bytes: number, round: (value: number) => number): string {
+  const [value, unit] = bytes < 1 << 20 ? [bytes / 1024, "KB"] : [bytes / (1 << 20), "MB"];
+  return `${new Intl.NumberFormat(language).format(round(10 * value) / 10)} ${unit}`;
+}
