@@ -26,10 +26,10 @@ const FRESH: Duration = Duration::from_millis(500);
 /// The store must answer within this to count as reachable.
 const STORE_PATIENCE: Duration = Duration::from_secs(2);
 
-/// The last answer and when it was found.
+/// What was missing when last looked, and when that was.
 #[derive(Debug, Default)]
 pub struct Readiness(
-    Mutex<Option<(clock::Instant, Ready)>>,
+    Mutex<Option<(clock::Instant, Vec<Lack>)>>,
     tokio::sync::Mutex<()>,
 );
 
@@ -37,8 +37,38 @@ pub struct Readiness(
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, ToSchema)]
 pub struct Ready {
     pub ready: bool,
-    /// What is missing; empty when ready.
-    pub reasons: Vec<String>,
+    /// What is missing, in words that tell nothing of tenants, models and nodes; empty when ready. `GET /api/status` has the
+    /// details.
+    #[schema(value_type = Vec<String>)]
+    pub reasons: Vec<&'static str>,
+}
+
+/// Something that the cluster needs for answering and has not.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lack {
+    /// For everybody.
+    what: &'static str,
+    /// For operators; may be empty.
+    detail: String,
+}
+
+impl Lack {
+    fn new(what: &'static str, detail: impl Into<String>) -> Self {
+        Self {
+            what,
+            detail: detail.into(),
+        }
+    }
+}
+
+impl std::fmt::Display for Lack {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.what)?;
+        if !self.detail.is_empty() {
+            write!(f, ": {}", self.detail)?;
+        }
+        Ok(())
+    }
 }
 
 /// This process is alive.
@@ -47,7 +77,7 @@ pub async fn health() -> Json<serde_json::Value> {
     Json(serde_json::json!({ "status": "ok" }))
 }
 
-/// The cluster answers: a chat model and an embedding model are ready and the store is reachable.
+/// The cluster answers: a chat model is ready, an embedding model if one is deployed, and the store is reachable.
 #[utoipa::path(
     get, path = "/ready", tag = "operation", security(()),
     responses(
@@ -56,7 +86,13 @@ pub async fn health() -> Json<serde_json::Value> {
     )
 )]
 pub async fn ready(State(app): State<App>) -> Response {
-    let ready = app.readiness.get(&app).await;
+    let lacks = app.readiness.get(&app).await;
+    let mut reasons: Vec<&'static str> = lacks.iter().map(|lack| lack.what).collect();
+    reasons.dedup();
+    let ready = Ready {
+        ready: reasons.is_empty(),
+        reasons,
+    };
     let status = if ready.ready {
         StatusCode::OK
     } else {
@@ -66,42 +102,40 @@ pub async fn ready(State(app): State<App>) -> Response {
 }
 
 impl Readiness {
-    fn fresh(&self) -> Option<Ready> {
+    fn fresh(&self) -> Option<Vec<Lack>> {
         let last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         last.as_ref()
             .filter(|(at, _)| at.elapsed() < FRESH)
-            .map(|(_, ready)| ready.clone())
+            .map(|(_, lacks)| lacks.clone())
     }
 
-    async fn get(&self, app: &App) -> Ready {
-        if let Some(ready) = self.fresh() {
-            return ready;
+    /// What the cluster lacks for answering; nothing when it is ready.
+    pub async fn get(&self, app: &App) -> Vec<Lack> {
+        if let Some(lacks) = self.fresh() {
+            return lacks;
         }
         // One looks, the others wait for what it finds.
         let _one = self.1.lock().await;
-        if let Some(ready) = self.fresh() {
-            return ready;
+        if let Some(lacks) = self.fresh() {
+            return lacks;
         }
-        let ready = look(app).await;
+        let lacks = look(app).await;
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) =
-            Some((clock::monotonic(), ready.clone()));
-        ready
+            Some((clock::monotonic(), lacks.clone()));
+        lacks
     }
 }
 
-async fn look(app: &App) -> Ready {
+async fn look(app: &App) -> Vec<Lack> {
     let state = app.control.state();
-    let mut reasons = missing(&state);
+    let mut lacks = missing(&state);
     // The store is asked as any tenant would ask it; the cheapest question will do.
     if let Some(tenant) = state.tenants.keys().next()
         && let Err(why) = ask_store(app, tenant).await
     {
-        reasons.push(format!("the store does not answer: {why}"));
+        lacks.push(Lack::new("the store does not answer", why));
     }
-    Ready {
-        ready: reasons.is_empty(),
-        reasons,
-    }
+    lacks
 }
 
 async fn ask_store(app: &App, tenant: &TenantId) -> Result<(), String> {
@@ -112,47 +146,40 @@ async fn ask_store(app: &App, tenant: &TenantId) -> Result<(), String> {
     }
 }
 
+/// How a kind of model is spoken of when it is missing.
+struct KindWords {
+    none: &'static str,
+    forming: &'static str,
+    failed: &'static str,
+}
+
+const CHAT: KindWords = KindWords {
+    none: "no chat model has a group yet",
+    forming: "the chat model is being loaded",
+    failed: "the chat model could not be loaded",
+};
+const EMBEDDING: KindWords = KindWords {
+    none: "no embedding model has a group yet",
+    forming: "the embedding model is being loaded",
+    failed: "the embedding model could not be loaded",
+};
+
 /// What the control state lacks for answering.
-fn missing(state: &ControlState) -> Vec<String> {
+fn missing(state: &ControlState) -> Vec<Lack> {
     if state.revision == 0 {
-        return vec!["no coordinator has been reached yet".to_owned()];
+        return vec![Lack::new("no coordinator has been reached yet", "")];
     }
-    let mut reasons = Vec::new();
-    for (kind, name) in [
-        (ModelKind::Generate, "chat"),
-        (ModelKind::Embed, "embedding"),
-    ] {
-        let mut groups = state
-            .groups
-            .values()
-            .filter(|group| group.kind == kind)
-            .peekable();
-        if groups.peek().is_none() {
-            reasons.push(format!("no {name} model has a group yet"));
-            continue;
-        }
-        let mut waiting = Vec::new();
-        let mut any_ready = false;
-        for group in groups {
-            match &group.state {
-                GroupState::Ready => any_ready = true,
-                GroupState::Forming => {
-                    waiting.push(format!("the {name} model {} is being loaded", group.model))
-                }
-                GroupState::Failed { reason } => {
-                    waiting.push(format!(
-                        "the {name} model {} could not be loaded: {reason}",
-                        group.model
-                    ));
-                }
-            }
-        }
-        if !any_ready {
-            reasons.append(&mut waiting);
-        }
+    let mut lacks = lacking_models(state, ModelKind::Generate, &CHAT);
+    // A cluster for chat alone has no embedding model, and needs none.
+    let embeds = state
+        .deployments
+        .values()
+        .any(|deployment| deployment.kind == ModelKind::Embed);
+    if embeds {
+        lacks.append(&mut lacking_models(state, ModelKind::Embed, &EMBEDDING));
     }
     if state.store_groups.is_empty() {
-        reasons.push("the store has no group yet".to_owned());
+        lacks.push(Lack::new("the store has no group yet", ""));
     }
     for group in &state.store_groups {
         let up = group
@@ -161,14 +188,36 @@ fn missing(state: &ControlState) -> Vec<String> {
             .filter(|node| state.nodes.get(node).is_some_and(|node| node.up))
             .count();
         if up * 2 <= group.members.len() {
-            reasons.push(format!(
-                "store group {} has {up} of {} members up, no majority",
+            let detail = format!(
+                "store group {} has {up} of {} members up",
                 group.id,
                 group.members.len()
-            ));
+            );
+            lacks.push(Lack::new("the store has no majority", detail));
         }
     }
-    reasons
+    lacks
+}
+
+/// Nothing when one group of the kind is ready; else what each waits for.
+fn lacking_models(state: &ControlState, kind: ModelKind, words: &KindWords) -> Vec<Lack> {
+    let mut lacks = Vec::new();
+    for group in state.groups.values().filter(|group| group.kind == kind) {
+        match &group.state {
+            GroupState::Ready => return Vec::new(),
+            GroupState::Forming => lacks.push(Lack::new(words.forming, group.model.clone())),
+            GroupState::Failed { reason } => {
+                lacks.push(Lack::new(
+                    words.failed,
+                    format!("{}: {reason}", group.model),
+                ));
+            }
+        }
+    }
+    if lacks.is_empty() {
+        lacks.push(Lack::new(words.none, ""));
+    }
+    lacks
 }
 
 /// What this process has counted, in Prometheus' text form. Read from this machine, or with an operator's key, or by anyone

@@ -1,4 +1,4 @@
-use coordinator::control::{Group, Node, StoreGroup};
+use coordinator::control::{Deployment, Group, Node, StoreGroup};
 use coordinator::ids::{Epoch, GroupId, NodeId, RaftGroupId};
 
 use super::*;
@@ -32,6 +32,16 @@ fn node(id: u64, up: bool) -> Node {
     }
 }
 
+fn deployment(model: &str, kind: ModelKind) -> Deployment {
+    Deployment {
+        model: model.to_owned(),
+        kind,
+        path: String::new(),
+        ranks: 1,
+        context_tokens: 0,
+    }
+}
+
 /// A cluster that lacks nothing.
 fn whole() -> ControlState {
     let mut state = ControlState {
@@ -45,21 +55,23 @@ fn whole() -> ControlState {
         id: RaftGroupId(1),
         members: vec![NodeId(1), NodeId(2), NodeId(3)],
     });
-    state
-        .groups
-        .insert(GroupId(1), group(1, ModelKind::Generate, GroupState::Ready));
-    state
-        .groups
-        .insert(GroupId(2), group(2, ModelKind::Embed, GroupState::Ready));
+    for (id, kind) in [(1, ModelKind::Generate), (2, ModelKind::Embed)] {
+        let group = group(id, kind, GroupState::Ready);
+        let model = group.model.clone();
+        state
+            .deployments
+            .insert(model.clone(), deployment(&model, kind));
+        state.groups.insert(GroupId(id), group);
+    }
     state
 }
 
 #[test]
 fn a_whole_cluster_lacks_nothing_also_with_one_store_node_down() {
     let mut state = whole();
-    assert_eq!(missing(&state), Vec::<String>::new());
+    assert_eq!(missing(&state), []);
     state.nodes.insert(NodeId(3), node(3, false));
-    assert_eq!(missing(&state), Vec::<String>::new());
+    assert_eq!(missing(&state), []);
 }
 
 #[test]
@@ -73,13 +85,13 @@ fn what_is_missing_is_said() {
         ("no embedding model", |state| {
             drop(state.groups.remove(&GroupId(2)))
         }),
-        ("model-1 is being loaded", |state| {
+        ("the chat model is being loaded: model-1", |state| {
             state.groups.insert(
                 GroupId(1),
                 group(1, ModelKind::Generate, GroupState::Forming),
             );
         }),
-        ("could not be loaded: too large", |state| {
+        ("could not be loaded: model-1: too large", |state| {
             let failed = GroupState::Failed {
                 reason: "too large".into(),
             };
@@ -96,12 +108,37 @@ fn what_is_missing_is_said() {
     for (part, change) in cases {
         let mut state = whole();
         change(&mut state);
-        let reasons = missing(&state);
+        let lacks: Vec<String> = missing(&state).iter().map(Lack::to_string).collect();
         assert!(
-            reasons.len() == 1 && reasons[0].contains(part),
-            "{part}: {reasons:?}"
+            lacks.len() == 1 && lacks[0].contains(part),
+            "{part}: {lacks:?}"
         );
     }
+}
+
+#[test]
+fn an_embedding_model_is_needed_only_where_one_is_deployed() {
+    let mut state = whole();
+    state.groups.remove(&GroupId(2));
+    assert_eq!(missing(&state).len(), 1);
+    state.deployments.remove("model-2");
+    assert_eq!(missing(&state), []);
+}
+
+#[test]
+fn what_everybody_may_read_names_no_model_and_no_reason() {
+    let mut state = whole();
+    let failed = GroupState::Failed {
+        reason: "the file of Stadt Musterstadt".into(),
+    };
+    state
+        .groups
+        .insert(GroupId(1), group(1, ModelKind::Generate, failed));
+    let lacks = missing(&state);
+    assert_eq!(lacks[0].what, "the chat model could not be loaded");
+    assert!(
+        lacks[0].to_string().contains("model-1") && lacks[0].to_string().contains("Musterstadt")
+    );
 }
 
 #[test]
@@ -111,7 +148,7 @@ fn one_ready_group_of_a_kind_is_enough() {
         GroupId(3),
         group(3, ModelKind::Generate, GroupState::Forming),
     );
-    assert_eq!(missing(&state), Vec::<String>::new());
+    assert_eq!(missing(&state), []);
 }
 
 #[test]

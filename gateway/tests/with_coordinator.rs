@@ -1,178 +1,15 @@
-//! A gateway over HTTP with a real coordinator behind it, but without store and workers: keys, tenants, errors, limits.
+//! A gateway over HTTP with a real coordinator behind it, some with a store, all without workers: keys, tenants, errors,
+//! limits, uploads.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+mod site;
+
 use std::time::Duration;
 
-use coordinator::Redacted;
 use coordinator::clock;
-use coordinator::control::{
-    Command, ControlHandle, Coordinator, CoordinatorConfig, NewApiKey, Node, api_key,
-};
-use coordinator::identity::Ca;
-use coordinator::ids::{NodeId, Role, TenantId};
-use coordinator::transport::Transport;
-use gateway::{Gateway, GatewayConfig};
-use rag_store::StoreClient;
+use futures::StreamExt;
 use serde_json::{Value, json};
-use tokio_util::sync::CancellationToken;
-use worker::client::InferenceClient;
 
-const PATIENCE: Duration = Duration::from_secs(20);
-
-/// A running gateway, its coordinator, and the keys of two tenants.
-struct Site {
-    base: String,
-    http: reqwest::Client,
-    /// Admin of the operator's tenant.
-    operator: String,
-    /// Ordinary key of the operator's tenant.
-    clerk: String,
-    /// Admin of another tenant.
-    neighbour: String,
-    stop: CancellationToken,
-    served: tokio::task::JoinHandle<()>,
-    _coordinator: Coordinator,
-    _dir: tempfile::TempDir,
-}
-
-fn tenant(id: &str) -> TenantId {
-    TenantId::new(id).expect("a tenant id")
-}
-
-async fn propose(control: &ControlHandle, command: Command) {
-    control.propose(command).await.expect("control accepts");
-}
-
-async fn key(control: &ControlHandle, of: &str, name: &str, admin: bool) -> String {
-    let NewApiKey {
-        secret,
-        sha256,
-        key,
-    } = api_key(tenant(of), name, admin, clock::now_ms());
-    propose(control, Command::CreateApiKey { sha256, key }).await;
-    secret
-}
-
-impl Site {
-    async fn start() -> Site {
-        let dir = tempfile::tempdir().expect("directory");
-        let ca = Arc::new(Ca::create("test").expect("CA"));
-        let identity = ca.issue(NodeId(1), "one").expect("identity");
-        let transport =
-            Transport::bind(&identity, "127.0.0.1:0".parse().expect("address")).expect("transport");
-        let addr = transport.local_addr();
-        let control = ControlHandle::connect(transport.clone(), vec![addr]);
-        let config = CoordinatorConfig {
-            node: NodeId(1),
-            dir: dir.path().join("control"),
-            cluster_name: "test".into(),
-            bootstrap: Some(BTreeMap::from([(NodeId(1), addr)])),
-            ca,
-            cluster_key: Redacted::new([7; 32]),
-        };
-        let coordinator =
-            Coordinator::start(config, transport.clone(), control.clone()).expect("coordinator");
-        let node = Node {
-            id: NodeId(1),
-            name: "one".into(),
-            addr,
-            data_addr: None,
-            roles: BTreeSet::from([Role::Coordinator, Role::Gateway]),
-            devices: Vec::new(),
-            up: true,
-            version: "test".into(),
-            incarnation: 1,
-        };
-        let member = control.clone();
-        tokio::spawn(async move { member.run_member(node).await });
-        control
-            .wait_for(PATIENCE, |state| state.nodes.contains_key(&NodeId(1)))
-            .await
-            .expect("registered");
-
-        let now_ms = clock::now_ms();
-        for (id, name) in [
-            ("musterstadt", "Stadt Musterstadt"),
-            ("nachbarort", "Gemeinde Nachbarort"),
-        ] {
-            propose(
-                &control,
-                Command::CreateTenant {
-                    id: tenant(id),
-                    name: name.into(),
-                    now_ms,
-                },
-            )
-            .await;
-        }
-        let operator = key(&control, "musterstadt", "Betrieb", true).await;
-        let clerk = key(&control, "musterstadt", "Sachbearbeitung", false).await;
-        let neighbour = key(&control, "nachbarort", "Verwaltung", true).await;
-        control
-            .wait_for(PATIENCE, |state| state.api_keys.len() == 3)
-            .await
-            .expect("keys are known here");
-
-        let config = GatewayConfig {
-            listen: "127.0.0.1:0".parse().expect("address"),
-            operator_tenant: Some(tenant("musterstadt")),
-            drain_s: 5,
-            ..GatewayConfig::default()
-        };
-        let gateway = Gateway::bind(config).await.expect("a free port");
-        let base = format!("http://{}", gateway.local_addr());
-        let inference = InferenceClient::new(transport.clone(), control.clone());
-        let store = StoreClient::new(transport, control.clone());
-        let stop = CancellationToken::new();
-        let served = tokio::spawn(gateway.run(control, inference, store, stop.clone()));
-        let http = reqwest::Client::builder()
-            .timeout(PATIENCE)
-            .build()
-            .expect("client");
-        Site {
-            base,
-            http,
-            operator,
-            clerk,
-            neighbour,
-            stop,
-            served,
-            _coordinator: coordinator,
-            _dir: dir,
-        }
-    }
-
-    fn request(&self, method: &str, path: &str, key: &str) -> reqwest::RequestBuilder {
-        let method = method.parse().expect("a method");
-        self.http
-            .request(method, format!("{}{path}", self.base))
-            .bearer_auth(key)
-    }
-
-    async fn send(&self, request: reqwest::RequestBuilder) -> (u16, Value) {
-        let response = request.send().await.expect("an answer");
-        let status = response.status().as_u16();
-        let text = response.text().await.expect("a body");
-        (
-            status,
-            serde_json::from_str(&text).unwrap_or(Value::String(text)),
-        )
-    }
-
-    async fn get(&self, path: &str, key: &str) -> (u16, Value) {
-        self.send(self.request("GET", path, key)).await
-    }
-
-    async fn post(&self, path: &str, key: &str, body: &Value) -> (u16, Value) {
-        self.send(self.request("POST", path, key).json(body)).await
-    }
-
-    async fn stop(self) {
-        self.stop.cancel();
-        self.served.await.expect("the gateway ends");
-    }
-}
+use site::{PATIENCE, Site};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_says_who_it_is_and_what_it_may() {
@@ -456,6 +293,66 @@ async fn a_document_over_the_limit_is_refused_with_an_answer_that_the_client_get
     site.stop().await;
 }
 
+async fn collection(site: &Site) -> String {
+    let (status, made) = site
+        .post("/api/collections", &site.clerk, &json!({"name": "Akten"}))
+        .await;
+    assert_eq!(status, 201, "{made}");
+    made["id"].as_str().expect("id").to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn documents_of_every_allowed_size_are_kept_byte_by_byte() {
+    let site = Site::with_store().await;
+    let path = format!("/api/collections/{}/documents", collection(&site).await);
+    for size in [1_usize, (2 << 20) + 1, 5 << 20] {
+        let content: Vec<u8> = (0..size).map(|i| ((i * 31) >> 7) as u8).collect();
+        let part = reqwest::multipart::Part::bytes(content.clone()).file_name("Akte.pdf");
+        let form = reqwest::multipart::Form::new().part("file", part);
+        let (status, made) = site
+            .send(site.request("POST", &path, &site.clerk).multipart(form))
+            .await;
+        assert_eq!(
+            (status, &made["bytes"]),
+            (201, &json!(size)),
+            "{size} bytes: {made}"
+        );
+        let original = format!(
+            "/api/documents/{}/original",
+            made["id"].as_str().expect("id")
+        );
+        let response = site
+            .request("GET", &original, &site.clerk)
+            .send()
+            .await
+            .expect("an answer");
+        let bytes = response.bytes().await.expect("the file");
+        assert!(bytes == content, "{size} bytes went, {} came", bytes.len());
+    }
+    site.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_document_over_the_limit_without_a_declared_length_is_refused_readably() {
+    let site = Site::with_store().await;
+    let path = format!("/api/collections/{}/documents", collection(&site).await);
+    let piece = bytes::Bytes::from(vec![b'%'; 1 << 20]);
+    let pieces = futures::stream::iter(std::iter::repeat_n(piece, 60)).map(Ok::<_, std::io::Error>);
+    let part = reqwest::multipart::Part::stream(reqwest::Body::wrap_stream(pieces))
+        .file_name("riesig.pdf");
+    let form = reqwest::multipart::Form::new().part("file", part);
+    let request = site.request("POST", &path, &site.clerk).multipart(form);
+    let (status, body) = site.send(request).await;
+    assert_eq!(
+        (status, &body["error"]["code"]),
+        (413, &json!("too_large")),
+        "{body}"
+    );
+    let (status, listed) = site.get(&path, &site.clerk).await;
+    assert_eq!((status, &listed["data"]), (200, &json!([])), "{listed}");
+    site.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn operation_routes_answer_without_a_key_and_say_what_is_missing() {
     let site = Site::start().await;
@@ -466,12 +363,21 @@ async fn operation_routes_answer_without_a_key_and_say_what_is_missing() {
     );
     let (status, ready) = site.send(get("/ready")).await;
     assert_eq!((status, &ready["ready"]), (503, &json!(false)), "{ready}");
-    let reasons = ready["reasons"].to_string();
+    assert_eq!(
+        ready["reasons"],
+        json!([
+            "no chat model has a group yet",
+            "the store has no group yet",
+            "the store does not answer"
+        ]),
+        "nothing of tenants, models and nodes"
+    );
+    let (status, state) = site.get("/api/status", &site.operator).await;
+    let problems = state["problems"].to_string();
+    assert_eq!(status, 200);
     assert!(
-        reasons.contains("chat model")
-            && reasons.contains("embedding model")
-            && reasons.contains("store"),
-        "{reasons}"
+        problems.contains("the store does not answer: no answer within"),
+        "{problems}"
     );
 
     assert_eq!(

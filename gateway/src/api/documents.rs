@@ -2,11 +2,9 @@
 
 use axum::Json as Reply;
 use axum::body::Body;
-use axum::extract::multipart::{Field, MultipartError};
-use axum::extract::{FromRequest, Multipart, Request, State};
+use axum::extract::{Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::Response;
-use bytes::{Bytes, BytesMut};
 use coordinator::Redacted;
 use rag_store::{CollectionId, DocumentId, Status};
 use serde::Serialize;
@@ -16,12 +14,9 @@ use super::{Deleted, List, missing, parse_id};
 use crate::app::App;
 use crate::error::{ApiError, ErrorBody};
 use crate::http::auth::Caller;
-use crate::http::body::{BODY_IDLE, Id, declared_length, drain};
-
-/// What multipart's boundaries and part headers may add to a file.
-const MULTIPART_OVERHEAD_BYTES: u64 = 64 << 10;
-/// Longest file name, in characters; file systems allow 255 bytes.
-const MAX_NAME_CHARS: usize = 200;
+use crate::http::body::{Id, declared_length, drain, expects_continue};
+use crate::http::form::{OVERHEAD_BYTES, read_file};
+use crate::http::pace::BODY_IDLE;
 
 /// A document and where it stands.
 #[derive(Debug, Serialize, ToSchema)]
@@ -142,7 +137,7 @@ pub async fn list(
         (status = 400, description = "No file, no file name, or an empty file", body = ErrorBody),
         (status = 401, description = "No valid key", body = ErrorBody),
         (status = 404, description = "No such collection", body = ErrorBody),
-        (status = 408, description = "The file stopped coming", body = ErrorBody),
+        (status = 408, description = "The file stopped coming, or came too slowly", body = ErrorBody),
         (status = 413, description = "The file is too large", body = ErrorBody),
         (status = 429, description = "Too many uploads at once; Retry-After says when to try again", body = ErrorBody),
         (status = 503, description = "The store is not available; ask again", body = ErrorBody),
@@ -157,9 +152,9 @@ pub async fn upload(
 ) -> Result<(StatusCode, Reply<Document>), ApiError> {
     let limit = app.config.max_upload_bytes;
     let declared = declared_length(&request);
-    if declared.is_some_and(|length| length > limit + MULTIPART_OVERHEAD_BYTES) {
-        if !request.headers().contains_key(header::EXPECT) {
-            drain(&mut request.into_body()).await;
+    if declared.is_some_and(|length| length > limit + OVERHEAD_BYTES) {
+        if !expects_continue(&request) {
+            drain(request.into_body().into_data_stream()).await;
         }
         return Err(ApiError::too_large("a document", limit, declared));
     }
@@ -169,7 +164,7 @@ pub async fn upload(
         .collection(caller.tenant(), parsed)
         .await
         .map_err(missing("collection", &id))?;
-    let _slot = tokio::time::timeout(BODY_IDLE, app.uploads.acquire())
+    let slot = tokio::time::timeout(BODY_IDLE, app.uploads.acquire())
         .await
         .ok()
         .and_then(Result::ok)
@@ -179,7 +174,8 @@ pub async fn upload(
                 5,
             )
         })?;
-    let file = read_file(request, limit).await?;
+    // Held until the store has the file: the slots bound the memory that uploads take.
+    let (file, _slot) = read_file(request, limit, slot).await?;
     let document = app
         .store
         .upload(
@@ -327,114 +323,6 @@ fn percent_encode(text: &str) -> String {
         }
         encoded
     })
-}
-
-struct File {
-    name: String,
-    media_type: String,
-    bytes: Bytes,
-}
-
-/// The form's `file`, read piece by piece so that one that is too large is noticed at the limit.
-async fn read_file(request: Request, limit: u64) -> Result<File, ApiError> {
-    let mut form = Multipart::from_request(request, &())
-        .await
-        .map_err(|rejection| {
-            let message = format!(
-                "expected a form (multipart/form-data) with one part `file`: {}",
-                rejection.body_text()
-            );
-            ApiError::malformed("invalid_form", message)
-        })?;
-    loop {
-        let field = patient(form.next_field()).await?;
-        let Some(mut field) = field else {
-            return Err(ApiError::invalid(
-                "file",
-                "file: expected a form with one part `file`, got none",
-            ));
-        };
-        if field.name() != Some("file") {
-            // Other parts are allowed and thrown away.
-            while patient(field.chunk()).await?.is_some() {}
-            continue;
-        }
-        let name = file_name(&field)?;
-        let media_type = media_type(&field, &name);
-        let mut bytes = BytesMut::new();
-        while let Some(piece) = patient(field.chunk()).await? {
-            if (bytes.len() + piece.len()) as u64 > limit {
-                let mut seen = bytes.len() as u64;
-                drop(bytes);
-                // Read on, so that the client, which still writes, gets to read the answer.
-                while seen < crate::http::body::MAX_DRAIN_BYTES {
-                    let Ok(Some(piece)) = patient(field.chunk()).await else {
-                        break;
-                    };
-                    seen += piece.len() as u64;
-                }
-                return Err(ApiError::too_large("a document", limit, None));
-            }
-            bytes.extend_from_slice(&piece);
-        }
-        return Ok(File {
-            name,
-            media_type,
-            bytes: bytes.freeze(),
-        });
-    }
-}
-
-async fn patient<T>(next: impl Future<Output = Result<T, MultipartError>>) -> Result<T, ApiError> {
-    match tokio::time::timeout(BODY_IDLE, next).await {
-        Err(_) => {
-            let message = format!(
-                "the file stopped coming for {} s; send it again",
-                BODY_IDLE.as_secs()
-            );
-            Err(ApiError::timed_out(message))
-        }
-        Ok(Err(error)) => {
-            let message = format!(
-                "the form could not be read: {}; send it again",
-                error.body_text()
-            );
-            Err(ApiError::malformed("invalid_form", message))
-        }
-        Ok(Ok(value)) => Ok(value),
-    }
-}
-
-/// The last part of the file's name as the client sent it: some send whole paths, of either kind.
-fn file_name(field: &Field<'_>) -> Result<String, ApiError> {
-    clean_name(field.file_name().unwrap_or_default()).ok_or_else(|| {
-        ApiError::invalid(
-            "file",
-            format!(
-                "file: expected a file name of 1 to {MAX_NAME_CHARS} characters in the form's part"
-            ),
-        )
-    })
-}
-
-fn clean_name(name: &str) -> Option<String> {
-    let name = name.rsplit(['/', '\\']).next().unwrap_or_default().trim();
-    let fits =
-        !name.is_empty() && name != "." && name != ".." && name.chars().count() <= MAX_NAME_CHARS;
-    (fits && !name.chars().any(char::is_control)).then(|| name.to_owned())
-}
-
-/// What the client says, unless it says nothing in particular; then what the name's ending says.
-fn media_type(field: &Field<'_>, name: &str) -> String {
-    match field.content_type() {
-        Some(given) if given != "application/octet-stream" && given.len() <= 100 => {
-            given.to_owned()
-        }
-        _ => mime_guess::from_path(name)
-            .first_or_octet_stream()
-            .essence_str()
-            .to_owned(),
-    }
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ use utoipa::ToSchema;
 
 use crate::app::App;
 use crate::error::{ApiError, ErrorBody};
+use crate::health::Lack;
 use crate::http::auth::Admin;
 
 /// The cluster's state. No key, token or content is in it.
@@ -21,6 +22,8 @@ pub struct Status {
     /// The store's Raft groups and the nodes that keep them.
     pub store_groups: Vec<StoreGroupStatus>,
     pub tenants: usize,
+    /// What the cluster lacks for answering, with the details that `GET /ready` keeps back; empty when it is ready.
+    pub problems: Vec<String>,
 }
 
 /// A server process.
@@ -128,8 +131,8 @@ impl From<&RankAssignment> for RankStatus {
     }
 }
 
-impl From<&ControlState> for Status {
-    fn from(state: &ControlState) -> Self {
+impl Status {
+    fn new(state: &ControlState, problems: &[Lack]) -> Self {
         let store_group = |group: &coordinator::control::StoreGroup| StoreGroupStatus {
             id: group.id.0,
             members: group.members.iter().map(|node| node.0).collect(),
@@ -141,6 +144,7 @@ impl From<&ControlState> for Status {
             groups: state.groups.values().map(GroupStatus::from).collect(),
             store_groups: state.store_groups.iter().map(store_group).collect(),
             tenants: state.tenants.len(),
+            problems: problems.iter().map(Lack::to_string).collect(),
         }
     }
 }
@@ -156,5 +160,6 @@ impl From<&ControlState> for Status {
 )]
 pub async fn get(State(app): State<App>, admin: Admin) -> Result<Reply<Status>, ApiError> {
     admin.require_operator()?;
-    Ok(Reply(Status::from(app.control.state().as_ref())))
+    let problems = app.readiness.get(&app).await;
+    Ok(Reply(Status::new(&app.control.state(), &problems)))
 }

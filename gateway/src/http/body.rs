@@ -1,9 +1,7 @@
 //! Requests' bodies, paths and queries into types; what does not fit becomes an error that names the parameter, what was
 //! expected and what came.
 
-use std::time::Duration;
-
-use axum::body::Body;
+use axum::body::BodyDataStream;
 use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
 use axum::http::header;
 use axum::http::request::Parts;
@@ -14,11 +12,10 @@ use serde_json::Value;
 use serde_path_to_error::Segment;
 
 use crate::error::ApiError;
+use crate::http::pace::Pace;
 
 /// Largest JSON body: a prompt of a 128k-token context with tool definitions fits several times.
 pub const MAX_JSON_BYTES: usize = 8 << 20;
-/// A client that sends nothing for so long is cut off.
-pub const BODY_IDLE: Duration = Duration::from_secs(30);
 /// What a rejected body may still send before the answer goes out, so that an ordinary client reads the answer instead
 /// of a broken connection.
 pub const MAX_DRAIN_BYTES: u64 = 1 << 30;
@@ -39,20 +36,20 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
 /// that still writes would see a reset connection and not the answer.
 pub async fn read_limited(request: Request, what: &str, limit: u64) -> Result<Bytes, ApiError> {
     let declared = declared_length(&request);
-    let expects_continue = request.headers().contains_key(header::EXPECT);
-    let mut body = request.into_body();
+    let expects_continue = expects_continue(&request);
+    let mut frames = request.into_body().into_data_stream();
     if declared.is_some_and(|length| length > limit) {
         if !expects_continue {
-            drain(&mut body).await;
+            drain(frames).await;
         }
         return Err(ApiError::too_large(what, limit, declared));
     }
+    let mut pace = Pace::start();
     let mut bytes = BytesMut::new();
-    let mut frames = std::mem::take(&mut body).into_data_stream();
-    while let Some(frame) = next_frame(&mut frames).await? {
+    while let Some(frame) = next_frame(&mut frames, &mut pace).await? {
         if (bytes.len() + frame.len()) as u64 > limit {
-            let mut rest = Body::from_stream(frames);
-            drain(&mut rest).await;
+            drop(bytes);
+            drain(frames).await;
             return Err(ApiError::too_large(what, limit, None));
         }
         bytes.extend_from_slice(&frame);
@@ -71,26 +68,32 @@ pub fn declared_length(request: &Request) -> Option<u64> {
         .ok()
 }
 
-/// Throws the rest of a body away, up to [`MAX_DRAIN_BYTES`].
-pub async fn drain(body: &mut Body) {
-    let mut frames = std::mem::take(body).into_data_stream();
-    let mut seen = 0_u64;
-    while let Ok(Some(frame)) = next_frame(&mut frames).await {
-        seen += frame.len() as u64;
-        if seen > MAX_DRAIN_BYTES {
+/// Whether the client sends the body only when it is asked to, so that refusing needs no reading.
+pub fn expects_continue(request: &Request) -> bool {
+    request.headers().contains_key(header::EXPECT)
+}
+
+/// Throws the rest of a body away, up to [`MAX_DRAIN_BYTES`] and as fast as any body must come.
+pub async fn drain(mut frames: BodyDataStream) {
+    let mut pace = Pace::start();
+    while pace.seen_bytes() <= MAX_DRAIN_BYTES {
+        let Ok(Some(_)) = next_frame(&mut frames, &mut pace).await else {
             return;
-        }
+        };
     }
 }
 
-async fn next_frame(frames: &mut axum::body::BodyDataStream) -> Result<Option<Bytes>, ApiError> {
-    match tokio::time::timeout(BODY_IDLE, frames.next()).await {
-        Err(_) => Err(ApiError::timed_out(format!(
-            "the request's body stopped coming for {} s; send it again",
-            BODY_IDLE.as_secs()
-        ))),
+async fn next_frame(
+    frames: &mut BodyDataStream,
+    pace: &mut Pace,
+) -> Result<Option<Bytes>, ApiError> {
+    match tokio::time::timeout(pace.patience(), frames.next()).await {
+        Err(_) => Err(pace.late()),
         Ok(None) => Ok(None),
-        Ok(Some(Ok(frame))) => Ok(Some(frame)),
+        Ok(Some(Ok(frame))) => {
+            pace.saw(frame.len());
+            Ok(Some(frame))
+        }
         Ok(Some(Err(_))) => Err(ApiError::malformed(
             "incomplete_body",
             "the request's body ended before its declared end",
@@ -258,6 +261,7 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Params<T> {
 
 #[cfg(test)]
 mod tests {
+    use axum::body::Body;
     use serde::Deserialize;
 
     use super::*;
@@ -406,6 +410,19 @@ mod tests {
                 .expect("10 bytes of 10")
                 .len(),
             10
+        );
+    }
+
+    #[tokio::test]
+    async fn a_body_that_crawls_beyond_its_time_is_cut_off() {
+        let never = futures::stream::pending::<Result<Bytes, std::io::Error>>();
+        let mut frames = Body::from_stream(never).into_data_stream();
+        let error = next_frame(&mut frames, &mut Pace::overdue())
+            .await
+            .expect_err("its time is over");
+        assert_eq!(
+            (error.status().as_u16(), error.code()),
+            (408, "request_timeout")
         );
     }
 }

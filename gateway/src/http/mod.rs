@@ -3,5 +3,8 @@
 
 pub mod auth;
 pub mod body;
+pub mod form;
 pub mod layers;
+pub mod pace;
+pub mod patient;
 pub mod server;

@@ -15,8 +15,12 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt;
 
+use crate::http::patient::Patient;
+
 /// A client has so long for a request's head; on an idle kept-alive connection the next request must begin within it.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
+/// A client that takes nothing of its answer for so long is cut off, and what was still being made for it ends.
+const WRITE_IDLE: Duration = Duration::from_secs(60);
 /// Largest head of a request; browsers with many cookies stay below 16 KiB.
 const MAX_HEAD_BYTES: usize = 64 << 10;
 const MAX_HEADERS: usize = 128;
@@ -110,7 +114,7 @@ async fn serve_connection(
         .max_headers(MAX_HEADERS)
         .max_buf_size(MAX_HEAD_BYTES)
         .keep_alive(true);
-    let connection = http.serve_connection(TokioIo::new(stream), service);
+    let connection = http.serve_connection(TokioIo::new(Patient::new(stream, WRITE_IDLE)), service);
     tokio::pin!(connection);
     let mut stopping = false;
     loop {
