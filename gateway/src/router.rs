@@ -2,7 +2,6 @@
 
 use axum::Router;
 use axum::extract::Request;
-use axum::http::HeaderMap;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
@@ -89,7 +88,7 @@ pub fn router(app: App) -> Router {
     routes
         .route(
             "/openapi.json",
-            get(move |headers: HeaderMap| serve_description(headers, description)),
+            get(move || std::future::ready(serve_description(description))),
         )
         .method_not_allowed_fallback(method_not_allowed)
         .fallback(page::serve)
@@ -98,7 +97,7 @@ pub fn router(app: App) -> Router {
         .layer(axum::middleware::from_fn(layers::follow))
 }
 
-async fn serve_description(_: HeaderMap, description: String) -> Response {
+fn serve_description(description: String) -> Response {
     ([(header::CONTENT_TYPE, "application/json")], description).into_response()
 }
 

@@ -4,11 +4,12 @@ use std::any::Any;
 use std::sync::{Arc, OnceLock};
 
 use axum::extract::{MatchedPath, Request};
-use axum::http::{HeaderName, HeaderValue, header};
+use axum::http::{HeaderName, HeaderValue, Method, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use coordinator::clock;
 use coordinator::ids::TenantId;
+use tracing::Instrument;
 use uuid::Uuid;
 
 use crate::error::ApiError;
@@ -55,10 +56,12 @@ pub async fn follow(mut request: Request, next: Next) -> Response {
     }));
     let route = route_label(&request);
     let is_data = is_data(request.uri().path());
-    let method = request.method().clone();
+    let method = method_label(request.method());
     request.extensions_mut().insert(trail.clone());
+    // Of the highest level, so that whatever is logged on the way carries the id.
+    let span = tracing::error_span!("request", request_id = %trail.0.request_id);
 
-    let mut response = next.run(request).await;
+    let mut response = next.run(request).instrument(span).await;
 
     let elapsed = started.elapsed();
     let status = response.status();
@@ -66,7 +69,7 @@ pub async fn follow(mut request: Request, next: Next) -> Response {
     tracing::info!(
         request_id = %trail.0.request_id,
         tenant = trail.0.tenant.get().map_or("-", |tenant| tenant.as_str()),
-        %method,
+        method,
         route = %route,
         status = status.as_u16(),
         ms = elapsed.as_millis() as u64,
@@ -99,6 +102,20 @@ fn request_id(request: &Request) -> String {
                     .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
         });
     given.map_or_else(|| format!("req_{}", Uuid::now_v7().simple()), str::to_owned)
+}
+
+/// The method, if it is one of HTTP's own: any other word is the client's, and the log is not its notebook.
+fn method_label(method: &Method) -> &'static str {
+    match *method {
+        Method::GET => "GET",
+        Method::HEAD => "HEAD",
+        Method::POST => "POST",
+        Method::PUT => "PUT",
+        Method::PATCH => "PATCH",
+        Method::DELETE => "DELETE",
+        Method::OPTIONS => "OPTIONS",
+        _ => "other",
+    }
 }
 
 /// The route's pattern: ids in paths stay out of logs and labels.
@@ -214,6 +231,13 @@ mod tests {
                 "{harmful:?} gave {id}"
             );
         }
+    }
+
+    #[test]
+    fn a_method_of_the_clients_own_making_is_not_logged() {
+        assert_eq!(method_label(&Method::GET), "GET");
+        let invented = Method::from_bytes(b"HUNDESTEUER").unwrap();
+        assert_eq!(method_label(&invented), "other");
     }
 
     #[tokio::test]

@@ -76,8 +76,9 @@ pub struct TextCompletion {
     pub created: u64,
     pub model: String,
     pub choices: Vec<TextChoice>,
+    /// In a stream only with `include_usage`: null in all chunks but the last.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub usage: Option<Usage>,
+    pub usage: Option<Option<Usage>>,
 }
 
 /// One continuation.
@@ -324,7 +325,7 @@ impl Answer {
             Form::Chat => {
                 self.chat_chunk(Vec::new(), Some(Some(self.usage())), self.used_citations())
             }
-            Form::Completion => json(&self.text_completion(Vec::new(), Some(self.usage()))),
+            Form::Completion => json(&self.text_completion(Vec::new(), Some(Some(self.usage())))),
         }]
     }
 
@@ -392,7 +393,7 @@ impl Answer {
                         finish_reason: choice.finish,
                     })
                     .collect();
-                json(&self.text_completion(choices, Some(usage)))
+                json(&self.text_completion(choices, Some(Some(usage))))
             }
         }
     }
@@ -444,7 +445,7 @@ impl Answer {
                     logprobs: None,
                     finish_reason: None,
                 };
-                json(&self.text_completion(vec![choice], None))
+                json(&self.text_completion(vec![choice], self.unknown_usage()))
             }
         }
     }
@@ -470,7 +471,7 @@ impl Answer {
                     logprobs: None,
                     finish_reason: Some(reason),
                 };
-                json(&self.text_completion(vec![choice], None))
+                json(&self.text_completion(vec![choice], self.unknown_usage()))
             }
         }
     }
@@ -492,7 +493,11 @@ impl Answer {
         })
     }
 
-    fn text_completion(&self, choices: Vec<TextChoice>, usage: Option<Usage>) -> TextCompletion {
+    fn text_completion(
+        &self,
+        choices: Vec<TextChoice>,
+        usage: Option<Option<Usage>>,
+    ) -> TextCompletion {
         TextCompletion {
             id: self.id.clone(),
             object: "text_completion",

@@ -226,7 +226,13 @@ fn a_text_completion_streams_text_and_ends_with_a_reason() {
         (&"Gu".into(), &Value::Null)
     );
     assert_eq!(chunks[2]["choices"][0]["finish_reason"], "stop");
+    for chunk in &chunks[..3] {
+        assert_eq!(chunk.get("usage"), Some(&Value::Null), "{chunk}");
+    }
     assert_eq!(chunks[3]["usage"]["total_tokens"], 9);
+    for chunk in stream(&mut self::answer(Form::Completion, 1), hello()) {
+        assert!(chunk.get("usage").is_none(), "nobody asked: {chunk}");
+    }
 }
 
 #[test]

@@ -16,10 +16,11 @@ use crate::error::ApiError;
 use crate::metrics;
 use crate::openai::answer::Answer;
 
-/// How long the head of a streaming answer waits for the first event, so that what fails at once fails with its HTTP status.
+/// How long the first event of any choice is awaited before a stream's head goes out: an error within it becomes the HTTP
+/// status; a later one, or one of another choice, becomes an event of the stream. A whole answer has its status from its end.
 const HEAD_PATIENCE: Duration = Duration::from_secs(5);
-/// A whole answer of which nothing came for so long is given up.
-const SILENCE: Duration = Duration::from_secs(300);
+/// An answer of which nothing came for so long is given up: longer than any queue that the engine admits.
+pub const SILENCE: Duration = Duration::from_secs(300);
 
 type Events = SelectAll<BoxStream<'static, (usize, Result<Event, InferError>)>>;
 

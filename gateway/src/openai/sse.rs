@@ -11,12 +11,10 @@ use bytes::Bytes;
 use futures::StreamExt;
 
 use crate::error::ApiError;
-use crate::openai::generate::Generations;
+use crate::openai::generate::{Generations, SILENCE};
 
 /// Proxies close connections on which nothing moves; many of them after 60 s, some after 15.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
-/// An answer of which nothing came for so long is given up: longer than any queue that the engine admits.
-const SILENCE: Duration = Duration::from_secs(300);
 
 /// The events of an answer under way. Dropping them, as the server does when the client goes away, cancels the generations.
 pub fn live(generations: Generations) -> impl futures::Stream<Item = Bytes> + Send + 'static {
@@ -31,6 +29,7 @@ pub fn live(generations: Generations) -> impl futures::Stream<Item = Bytes> + Se
         pending,
         silent: Duration::ZERO,
         ended: false,
+        span: tracing::Span::current(),
     };
     futures::stream::unfold(state, |mut state| async move {
         state.next().await.map(|bytes| (bytes, state))
@@ -66,6 +65,8 @@ struct Stream {
     pending: VecDeque<Bytes>,
     silent: Duration,
     ended: bool,
+    /// The request's; its id belongs to what is logged long after its route has returned.
+    span: tracing::Span,
 }
 
 impl Stream {
@@ -111,7 +112,8 @@ impl Stream {
 
     /// An error event, and the end: without `[DONE]`, so that nobody takes the answer for complete.
     fn fail(&mut self, error: &ApiError) {
-        tracing::warn!(code = error.code(), "an answer broke off in its stream");
+        self.span
+            .in_scope(|| tracing::warn!(code = error.code(), "an answer broke off in its stream"));
         self.pending.push_back(data(
             &serde_json::to_string(&error.body()).unwrap_or_default(),
         ));

@@ -367,6 +367,7 @@ impl Content {
         Ok(Redacted::new(whole))
     }
 }
+
 /// The tools to offer: none when the choice says so.
 fn check_tools(tools: Option<Vec<Value>>, choice: Option<&Value>) -> Result<Vec<Value>, ApiError> {
     let tools = tools.unwrap_or_default();
