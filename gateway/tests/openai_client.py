@@ -90,14 +90,33 @@ def several_choices(client, model):
     check(texts[0] == texts[1], f"the same seed gives the same answers: {texts}")
 
 
-def broken_off_stream(client, model):
-    stream = client.chat.completions.create(
-        model=model, messages=[{"role": "user", "content": "Tell a long story."}], stream=True, max_tokens=2000
-    )
+def metric(base_url, name):
+    """The sum of a metric of the gateway over its labels."""
+    url = base_url.removesuffix("/v1") + "/metrics"
+    with urllib.request.urlopen(url, timeout=60) as reply:
+        lines = reply.read().decode().splitlines()
+    values = [line.rsplit(" ", 1)[1] for line in lines if line.split("{")[0].split(" ")[0] == name]
+    return sum(map(float, values))
+
+
+def broken_off_stream(client, base_url, model):
+    tokens = "verbund_tokens_total"
+    before = metric(base_url, tokens)
+    most = 2000
+    # Counting goes on for as long as it may.
+    stream = client.completions.create(model=model, prompt="1 2 3 4 5 6 7", stream=True, max_tokens=most, temperature=0)
     for i, _ in enumerate(stream):
         if i == 3:
             break
+    in_flight = "verbund_http_requests_in_flight"
+    check(metric(base_url, in_flight) == 2, "the stream and the question for the metrics are in flight")
     stream.close()
+    deadline = time.monotonic() + 30
+    while metric(base_url, in_flight) > 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    check(metric(base_url, in_flight) == 1, "the gateway notices that its client has gone")
+    made = metric(base_url, tokens) - before
+    check(made < most, f"{made} tokens were made for a client that left after a few")
     after = client.chat.completions.create(
         model=model, messages=[{"role": "user", "content": "Hello"}], max_tokens=2, timeout=30
     )
@@ -110,11 +129,29 @@ def completions(client, model):
     echoed = client.completions.create(model=model, prompt=["One, two, three,"], max_tokens=4, temperature=0, echo=True)
     expected = "One, two, three," + answer.choices[0].text
     check(echoed.choices[0].text == expected, f"echo: {echoed.choices[0].text!r}, expected {expected!r}")
-    stream = client.completions.create(model=model, prompt="One, two, three,", max_tokens=4, temperature=0, stream=True)
-    pieces = [chunk.choices[0].text for chunk in stream]
+    stream = client.completions.create(
+        model=model, prompt="One, two, three,", max_tokens=4, temperature=0, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    pieces = [chunk.choices[0].text for chunk in chunks if chunk.choices]
     check("".join(pieces) == answer.choices[0].text, f"streamed {pieces}")
-    stopped = client.completions.create(model=model, prompt="1 2 3 4 5 6 7", max_tokens=20, temperature=0, stop=" 9")
-    check(" 9" not in stopped.choices[0].text, f"stop: {stopped.choices[0].text!r}")
+    check(all("usage" in chunk.model_fields_set and chunk.usage is None for chunk in chunks[:-1]), "the usage is null before the last chunk")
+    check(not chunks[-1].choices and chunks[-1].usage == answer.usage, f"the usage comes last: {chunks[-1]}")
+
+
+def stop_strings(client, model):
+    """A stop string out of the middle of the unstopped text ends the text before it, also where it spans tokens."""
+    ask = dict(model=model, prompt="1 2 3 4 5 6 7", max_tokens=24, temperature=0)
+    whole = client.completions.create(**ask).choices[0].text
+    middle = len(whole) // 2
+    stop = whole[middle : middle + 3]
+    check(len(stop) == 3 and whole.index(stop) > 0, f"a text to stop in: {whole!r}")
+    expected = whole[: whole.index(stop)]
+    stopped = client.completions.create(**ask, stop=["never in it", stop]).choices[0]
+    check(stopped.text == expected, f"stopped at {stop!r}: {stopped.text!r}, expected {expected!r}")
+    check(stopped.finish_reason == "stop", f"the reason: {stopped}")
+    pieces = [chunk.choices[0].text for chunk in client.completions.create(**ask, stop=stop, stream=True) if chunk.choices]
+    check("".join(pieces) == expected, f"streamed and stopped: {pieces}, expected {expected!r}")
 
 
 def embeddings(client, model):
@@ -177,8 +214,36 @@ def errors(client, base_url, model, embedder):
     check(status == 400 and reply["error"]["code"] == "invalid_json", f"invalid JSON: {status} {reply}")
 
 
+PASSAGE = "Für den ersten Hund beträgt die Hundesteuer in Beispielstadt 96 Euro im Jahr."
+
+
+def upload(root, key, collection, name, text):
+    """Uploads a document and waits until it can be found."""
+    boundary = "grenze"
+    head = f'Content-Disposition: form-data; name="file"; filename="{name}"\r\nContent-Type: text/plain'
+    body = f"--{boundary}\r\n{head}\r\n\r\n{text}\r\n--{boundary}--\r\n".encode()
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": f"multipart/form-data; boundary={boundary}"}
+    request = urllib.request.Request(f"{root}/api/collections/{collection}/documents", data=body, headers=headers)
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        document = json.load(reply)
+    deadline = time.monotonic() + 120
+    while document["status"] not in ("ready", "failed") and time.monotonic() < deadline:
+        time.sleep(0.1)
+        _, document = http("GET", f"{root}/api/documents/{document['id']}", key)
+    check(document["status"] == "ready", f"the document is read: {document}")
+    return document
+
+
+def check_citations(citations, document, what):
+    check(citations, f"{what}: there are citations")
+    first = citations[0]
+    check(first["number"] == 1 and first["document_id"] == document["id"], f"{what}: {first}")
+    check(first["document"] == document["name"] and PASSAGE in first["passage"], f"{what}: the literal passage: {first}")
+    check(0 <= first["score"] <= 1 and isinstance(first["chunk"], int) and "page" in first and "heading" in first, f"{what}: {first}")
+
+
 def sources(base_url, client, model):
-    """Ours: `collections` in a chat, `citations` in its answer, streamed in the last chunk."""
+    """Ours: `collections` in a chat, `citations` in its answer, streamed in the first chunk and the last."""
     root = base_url.removesuffix("/v1")
     name = f"openai_client {time.time_ns()}"
     status, made = http("POST", f"{root}/api/collections", client.api_key, {"name": name})
@@ -190,6 +255,16 @@ def sources(base_url, client, model):
         check(empty.citations == [] and "Keine Fundstelle" in empty.choices[0].message.content, f"nothing found: {empty}")
         chunks = list(client.chat.completions.create(**ask, extra_body=extra, stream=True))
         check(getattr(chunks[-1], "citations", None) == [], f"the last chunk: {chunks[-1]}")
+
+        document = upload(root, client.api_key, made["id"], "merkblatt.txt", f"Merkblatt zur Hundesteuer\n\n{PASSAGE}\n")
+        check_citations(client.chat.completions.create(**ask, extra_body=extra).citations, document, "whole")
+        for options in ({}, {"stream_options": {"include_usage": True}}):
+            chunks = list(client.chat.completions.create(**ask, extra_body=extra, stream=True, **options))
+            carrying = [i for i, chunk in enumerate(chunks) if getattr(chunk, "citations", None) is not None]
+            check(carrying == [0, len(chunks) - 1], f"citations in the first chunk and the last: {carrying} of {len(chunks)}")
+            check_citations(chunks[0].citations, document, "first chunk")
+            check_citations(chunks[-1].citations, document, "last chunk")
+            check(isinstance(chunks[-1].citations[0]["cited"], bool), f"the last says what was cited: {chunks[-1]}")
         refused(
             openai.NotFoundError, 404, "collections", "an unknown collection",
             lambda: client.chat.completions.create(**ask, extra_body={"collections": ["col_" + "0" * 32]}),
@@ -209,8 +284,9 @@ def main():
     text, usage = whole_chat(client, model)
     streamed_chat(client, model, text, usage)
     several_choices(client, model)
-    broken_off_stream(client, model)
+    broken_off_stream(client, base_url, model)
     completions(client, model)
+    stop_strings(client, model)
     embeddings(client, embedder)
     errors(client, base_url, model, embedder)
     sources(base_url, client, model)
