@@ -7,10 +7,12 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 use coordinator::identity::{self, JoinRequest, JoinToken, PendingIdentity};
 use coordinator::ids::{NodeId, Role};
+use serde_json::json;
 
 use crate::config::{ClusterSection, LogSection, NodeConfig, NodeSection, WorkerSection};
 use crate::credentials::{self, ClusterSecrets, IDENTITY_DIR, NodeSecrets};
 use crate::machine;
+use crate::operator::print_json;
 use crate::up::write_whole;
 
 /// What `init` and `join` share.
@@ -68,7 +70,7 @@ impl NewNode {
 }
 
 /// Makes a new cluster whose first node this is.
-pub fn init(cluster: &str, mut node: NewNode) -> Result<()> {
+pub fn init(cluster: &str, mut node: NewNode, as_json: bool) -> Result<()> {
     node.must_be_new()?;
     node.roles.insert(Role::Coordinator);
     let addr = node.advertised()?;
@@ -85,6 +87,11 @@ pub fn init(cluster: &str, mut node: NewNode) -> Result<()> {
         .save(&node.data)?;
     credentials::save_operator(&node.data, &secrets.ca, &[addr])?;
     let path = node.write(&config)?;
+    if as_json {
+        return print_json(
+            &json!({"cluster": cluster, "node": id, "config": path.display().to_string()}),
+        );
+    }
     println!("Cluster {cluster} made; this machine is node 1. Next:");
     println!(
         "  start it           verbund node --config {}",
@@ -102,7 +109,7 @@ pub fn init(cluster: &str, mut node: NewNode) -> Result<()> {
 }
 
 /// Joins a running cluster with a token.
-pub async fn join(token: &JoinToken, node: NewNode) -> Result<()> {
+pub async fn join(token: &JoinToken, node: NewNode, as_json: bool) -> Result<()> {
     node.must_be_new()?;
     let addr = node.advertised()?;
     let pending = PendingIdentity::new(&node.name)?;
@@ -138,6 +145,9 @@ pub async fn join(token: &JoinToken, node: NewNode) -> Result<()> {
         ..ClusterSection::default()
     });
     let path = node.write(&config)?;
+    if as_json {
+        return print_json(&json!({"node": reply.node_id, "config": path.display().to_string()}));
+    }
     println!(
         "Joined as node {}. Start it: verbund node --config {}",
         reply.node_id,

@@ -69,8 +69,9 @@ fn the_environment_wins() {
 #[test]
 fn every_mistake_is_named_with_its_remedy() {
     let replaced = |from: &str, to: &str| SMALL.replace(from, to);
-    // (file, environment, what the message must contain)
-    let cases: Vec<(String, Vec<(&str, &str)>, Vec<&str>)> = vec![
+    /// File, environment, what the message must contain.
+    type Case = (String, Vec<(&'static str, &'static str)>, Vec<&'static str>);
+    let cases: Vec<Case> = vec![
         (
             replaced("listen =", "lisen ="),
             vec![],

@@ -59,7 +59,7 @@ fn source(seeds: &[SocketAddr]) -> IpAddr {
 }
 
 /// Prints `value` as JSON.
-fn print_json(value: &serde_json::Value) -> Result<()> {
+pub fn print_json(value: &serde_json::Value) -> Result<()> {
     println!(
         "{}",
         serde_json::to_string_pretty(value).context("cannot print as JSON")?

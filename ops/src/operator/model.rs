@@ -59,7 +59,7 @@ pub struct NewModel<'a> {
 }
 
 /// The path must be the same on every worker; where it exists here, it is looked at first.
-pub async fn add(operator: &Operator, new: NewModel<'_>) -> Result<()> {
+pub async fn add(operator: &Operator, new: NewModel<'_>, as_json: bool) -> Result<()> {
     if !new.path.is_absolute() {
         bail!(
             "expected an absolute path, the same on every worker, got {}",
@@ -86,21 +86,28 @@ pub async fn add(operator: &Operator, new: NewModel<'_>) -> Result<()> {
         ranks: new.ranks,
         context_tokens: new.context_tokens,
     };
+    let as_value = serde_json::to_value(&deployment)?;
     operator
         .control
         .propose(Command::SetDeployment(deployment))
         .await?;
+    if as_json {
+        return print_json(&as_value);
+    }
     println!("{model} is being loaded; follow it with `verbund status`");
     Ok(())
 }
 
-pub async fn remove(operator: &Operator, model: &str) -> Result<()> {
+pub async fn remove(operator: &Operator, model: &str, as_json: bool) -> Result<()> {
     operator
         .control
         .propose(Command::RemoveDeployment {
             model: model.to_owned(),
         })
         .await?;
+    if as_json {
+        return print_json(&json!({"model": model, "removed": true}));
+    }
     println!("{model} is served no more");
     Ok(())
 }

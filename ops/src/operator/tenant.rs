@@ -55,11 +55,14 @@ pub async fn list_tenants(operator: &Operator, as_json: bool) -> Result<()> {
     Ok(())
 }
 
-pub async fn remove_tenant(operator: &Operator, id: TenantId) -> Result<()> {
+pub async fn remove_tenant(operator: &Operator, id: TenantId, as_json: bool) -> Result<()> {
     operator
         .control
         .propose(Command::RemoveTenant { id: id.clone() })
         .await?;
+    if as_json {
+        return print_json(&json!({"id": id, "removed": true}));
+    }
     println!("Tenant {id} and its keys removed");
     Ok(())
 }
@@ -112,14 +115,22 @@ pub async fn list_keys(operator: &Operator, tenant: TenantId, as_json: bool) -> 
     Ok(())
 }
 
-pub async fn revoke_key(operator: &Operator, tenant: TenantId, id: String) -> Result<()> {
+pub async fn revoke_key(
+    operator: &Operator,
+    tenant: TenantId,
+    id: String,
+    as_json: bool,
+) -> Result<()> {
     operator
         .control
         .propose(Command::RevokeApiKey {
-            tenant,
+            tenant: tenant.clone(),
             id: id.clone(),
         })
         .await?;
+    if as_json {
+        return print_json(&json!({"tenant": tenant, "id": id, "revoked": true}));
+    }
     println!("Key {id} revoked; gateways refuse it at once");
     Ok(())
 }

@@ -46,9 +46,8 @@ pub async fn token(
     }
     println!("{token}");
     eprintln!(
-        "Valid once, for {} minutes. On the new node: verbund join --token {}…",
-        life.as_secs() / 60,
-        "vbj1-"
+        "Valid once, for {} minutes. On the new node: verbund join --token vbj1-…",
+        life.as_secs() / 60
     );
     Ok(())
 }
