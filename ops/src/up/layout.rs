@@ -7,6 +7,9 @@
 //!     DIR/keys.json       the demo tenant's API keys (0600)
 //!     DIR/<name>/         one node: node.toml, identity, replicas, log
 //!     DIR/demo.json       address, keys and processes, for programs
+//!     DIR/served          the models that the last start asked for
+//!     DIR/uploaded        the example documents that were uploaded once
+//!     DIR/removed         ids of workers that left for good; an id is never given twice
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
@@ -17,6 +20,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use coordinator::identity::Identity;
 use coordinator::ids::{NodeId, Role, TenantId};
 use gateway::GatewayConfig;
 use serde::{Deserialize, Serialize};
@@ -31,6 +35,8 @@ const FORMAT: &str = "verbund 1";
 const CONTROL_NODES: u64 = 3;
 /// Workers have node ids from here on, so that more can be added later.
 const FIRST_WORKER: u64 = 11;
+/// The command line takes no more ranks.
+pub const MAX_WORKERS: u64 = 64;
 const GATEWAY: u64 = 4;
 const CLUSTER_NAME: &str = "verbund-demo";
 /// Open answers get so long when a demo cluster stops; whoever presses Ctrl-C is waiting.
@@ -38,13 +44,28 @@ const DRAIN_S: u64 = 2;
 /// The tenant of the demo.
 pub const DEMO_TENANT: &str = "demo";
 
-/// An open cluster directory; nobody else can open it until this is dropped.
+/// A cluster directory that nobody else can claim until this is dropped.
+pub struct Claim {
+    pub dir: PathBuf,
+    _lock: File,
+}
+
+/// An open cluster directory.
 pub struct Layout {
     pub dir: PathBuf,
     pub members: Vec<Member>,
+    /// Workers of an earlier start with more ranks.
+    pub former: Vec<Former>,
     pub keys: Keys,
     pub fresh: bool,
-    _lock: File,
+    _claim: Claim,
+}
+
+/// A worker that is no member any more.
+pub struct Former {
+    pub id: NodeId,
+    pub name: String,
+    pub dir: PathBuf,
 }
 
 /// One process of the cluster.
@@ -70,17 +91,28 @@ pub struct RankShare {
     pub read_bytes_per_s: u64,
 }
 
-impl Layout {
-    /// Opens `dir`, making what is missing for `ranks` workers and a gateway at `listen`.
+impl Claim {
+    /// Claims `dir`, making it if it is not there.
     ///
     /// # Errors
     /// When the directory is of another format, in use, or cannot be written.
-    pub fn open(dir: &Path, listen: SocketAddr, ranks: u32, share: RankShare) -> Result<Layout> {
+    pub fn take(dir: &Path) -> Result<Claim> {
         check_format(dir)?;
         fs::create_dir_all(dir)
             .with_context(|| format!("cannot make the data directory {}", dir.display()))?;
         let dir = dir.canonicalize()?;
         let lock = lock(&dir)?;
+        Ok(Claim { dir, _lock: lock })
+    }
+}
+
+impl Layout {
+    /// Opens what is claimed, making what is missing for `ranks` workers and a gateway at `listen`.
+    ///
+    /// # Errors
+    /// When something in the directory is damaged or cannot be written.
+    pub fn open(claim: Claim, listen: SocketAddr, ranks: u32, share: RankShare) -> Result<Layout> {
+        let dir = claim.dir.clone();
         let fresh = !dir.join("FORMAT").exists();
         let secrets = if dir.join("ca/ca.key").exists() {
             ClusterSecrets::load(&dir.join("ca"))?
@@ -100,6 +132,7 @@ impl Layout {
             planned.worker(at, &seeds, share)?;
         }
         planned.gateway(listen, &seeds)?;
+        let former = planned.former(ranks)?;
         let members = planned.members;
         credentials::save_operator(&dir, &secrets.ca, &seeds)?;
         let keys = load_or_make_keys(&dir.join("keys.json"))?;
@@ -107,9 +140,10 @@ impl Layout {
         Ok(Layout {
             dir,
             members,
+            former,
             keys,
             fresh,
-            _lock: lock,
+            _claim: claim,
         })
     }
 }
@@ -183,13 +217,15 @@ impl Planned<'_> {
     }
 
     fn worker(&mut self, at: u64, seeds: &[SocketAddr], share: RankShare) -> Result<()> {
-        let name = format!("worker{}", at + 1);
+        let name = worker_name(at);
+        let id = self.worker_id(&name)?;
         let existing = self.existing(&name)?;
         let listen = existing
             .as_ref()
             .map_or_else(free_udp, |c| Ok(c.node.listen))?;
         let data = existing
             .and_then(|c| c.worker.data_listen)
+            .filter(|addr| TcpListener::bind(addr).is_ok())
             .map_or_else(free_tcp, Ok)?;
         let mut config = self.config(&name, &[Role::Worker], listen);
         config.cluster.seeds = seeds.to_vec();
@@ -200,7 +236,33 @@ impl Planned<'_> {
             memory_bytes: share.memory_bytes,
             read_bytes_per_s: share.read_bytes_per_s,
         };
-        self.add(NodeId(FIRST_WORKER + at), "worker", config)
+        self.add(id, "worker", config)
+    }
+
+    /// The id that the worker has, or one that no worker ever had: the cluster refuses for good an id that it removed.
+    fn worker_id(&self, name: &str) -> Result<NodeId> {
+        if let Some(id) = identity_of(&self.dir.join(name))? {
+            return Ok(id);
+        }
+        let mut given = removed(self.dir);
+        for at in 0..MAX_WORKERS {
+            given.extend(identity_of(&self.dir.join(worker_name(at)))?);
+        }
+        (FIRST_WORKER..u64::MAX)
+            .map(NodeId)
+            .find(|id| !given.contains(id))
+            .context("no node id is left")
+    }
+
+    fn former(&self, ranks: u32) -> Result<Vec<Former>> {
+        let mut former = Vec::new();
+        for name in (u64::from(ranks)..MAX_WORKERS).map(worker_name) {
+            let dir = self.dir.join(&name);
+            if let Some(id) = identity_of(&dir)? {
+                former.push(Former { id, name, dir });
+            }
+        }
+        Ok(former)
     }
 
     fn gateway(&mut self, listen: SocketAddr, seeds: &[SocketAddr]) -> Result<()> {
@@ -269,6 +331,33 @@ impl Planned<'_> {
     }
 }
 
+fn worker_name(at: u64) -> String {
+    format!("worker{}", at + 1)
+}
+
+/// The id in a node's certificate, if it has one yet.
+fn identity_of(dir: &Path) -> Result<Option<NodeId>> {
+    let identity = dir.join(credentials::IDENTITY_DIR);
+    if !identity.join("node.crt").exists() {
+        return Ok(None);
+    }
+    Ok(Some(Identity::load(&identity)?.node_id))
+}
+
+/// Workers that left for good.
+fn removed(dir: &Path) -> BTreeSet<NodeId> {
+    let text = fs::read_to_string(dir.join("removed")).unwrap_or_default();
+    text.lines().filter_map(|line| line.parse().ok()).collect()
+}
+
+/// Remembers that `id` left, before it does.
+pub fn note_removed(dir: &Path, id: NodeId) -> Result<()> {
+    let mut ids = removed(dir);
+    ids.insert(id);
+    let lines: String = ids.iter().map(|id| format!("{id}\n")).collect();
+    write_whole(&dir.join("removed"), lines.as_bytes(), 0o600)
+}
+
 fn load_or_make_keys(path: &Path) -> Result<Keys> {
     if path.exists() {
         let text = fs::read(path)?;
@@ -294,8 +383,12 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
-/// Replaces `path` as a whole: a reader sees the old content or the new one.
+/// Replaces `path` as a whole: a reader sees the old content or the new one. The same content is not written again, so
+/// that a cluster starts on a full disk too.
 pub fn write_whole(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
+    if fs::read(path).is_ok_and(|found| found == bytes) {
+        return Ok(());
+    }
     let part = path.with_extension("part");
     let write = || -> std::io::Result<()> {
         if let Some(parent) = path.parent() {
@@ -320,4 +413,74 @@ fn free_udp() -> Result<SocketAddr> {
 
 fn free_tcp() -> Result<SocketAddr> {
     Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|s| s.local_addr())?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHARE: RankShare = RankShare {
+        threads: 1,
+        memory_bytes: 1 << 30,
+        read_bytes_per_s: 1,
+    };
+
+    fn open(dir: &Path, ranks: u32) -> Layout {
+        let claim = Claim::take(dir).expect("claimed");
+        let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 8080));
+        Layout::open(claim, listen, ranks, SHARE).expect("opened")
+    }
+
+    fn config_of(dir: &Path, name: &str) -> NodeConfig {
+        let path = dir.join(name).join("node.toml");
+        let text = fs::read_to_string(&path).expect("node.toml");
+        NodeConfig::parse(&text, &path, std::iter::empty()).expect("configuration")
+    }
+
+    #[test]
+    fn addresses_are_kept_unless_somebody_else_took_them() {
+        let dir = tempfile::tempdir().expect("directory");
+        drop(open(dir.path(), 2));
+        let before = ["node1", "worker1", "worker2"].map(|name| config_of(dir.path(), name));
+        let taken_tcp = before[1].worker.data_listen.expect("data_listen");
+        let _tcp = TcpListener::bind(taken_tcp).expect("the worker's TCP port");
+        let _udp = UdpSocket::bind(before[2].node.listen).expect("the worker's UDP port");
+        drop(open(dir.path(), 2));
+        let after = ["node1", "worker1", "worker2"].map(|name| config_of(dir.path(), name));
+        assert_eq!(after[0], before[0]);
+        assert_eq!(after[1].node.listen, before[1].node.listen);
+        assert_ne!(after[1].worker.data_listen, Some(taken_tcp));
+        assert_ne!(after[2].node.listen, before[2].node.listen);
+    }
+
+    #[test]
+    fn a_worker_that_left_for_good_never_gives_its_id_to_another() {
+        let dir = tempfile::tempdir().expect("directory");
+        drop(open(dir.path(), 3));
+        let layout = open(dir.path(), 1);
+        let former: Vec<_> = layout.former.iter().map(|f| (&*f.name, f.id.0)).collect();
+        assert_eq!(former, [("worker2", 12), ("worker3", 13)]);
+        for former in &layout.former {
+            note_removed(&layout.dir, former.id).expect("noted");
+            fs::remove_dir_all(&former.dir).expect("removed");
+        }
+        drop(layout);
+        let layout = open(dir.path(), 3);
+        assert!(layout.former.is_empty());
+        let id_of = |name| identity_of(&layout.dir.join(name)).expect("identity");
+        let ids = ["worker1", "worker2", "worker3"].map(id_of);
+        assert_eq!(ids, [11, 14, 15].map(|id| Some(NodeId(id))));
+    }
+
+    #[test]
+    fn a_directory_is_claimed_once() {
+        let dir = tempfile::tempdir().expect("directory");
+        let claim = Claim::take(dir.path()).expect("claimed");
+        let Err(error) = Claim::take(dir.path()) else {
+            panic!("claimed twice");
+        };
+        assert!(error.to_string().contains("in use"), "{error}");
+        drop(claim);
+        Claim::take(dir.path()).expect("free again");
+    }
 }

@@ -7,6 +7,7 @@
 mod demo;
 mod examples;
 mod layout;
+mod leftovers;
 mod process;
 mod ready;
 
@@ -22,10 +23,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::models;
 use demo::Demo;
-use layout::{Layout, RankShare};
+use layout::{Claim, Layout, RankShare};
 use process::Event;
 
-pub use layout::write_whole;
+pub use layout::{MAX_WORKERS, write_whole};
 pub use process::EXIT_CONFIG;
 
 /// What `verbund up` was asked for.
@@ -63,14 +64,21 @@ async fn go(options: Options) -> Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let served = check_models(&options)?;
+    if let Some(folder) = options.examples.as_deref().filter(|f| !f.is_dir()) {
+        bail!(
+            "--examples: expected a folder of documents, got {}",
+            folder.display()
+        );
+    }
     let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, options.port));
+    let claim = Claim::take(&options.data)?;
+    tokio::select! {
+        ended = leftovers::ended(&claim.dir) => ended?,
+        _ = interrupt.recv() => return Ok(()),
+        _ = terminate.recv() => return Ok(()),
+    }
     check_port(listen)?;
-    let layout = Layout::open(
-        &options.data,
-        listen,
-        options.ranks,
-        rank_share(options.ranks),
-    )?;
+    let layout = Layout::open(claim, listen, options.ranks, rank_share(options.ranks))?;
     say(&format!(
         "{} a cluster in {}",
         if layout.fresh { "Making" } else { "Starting" },
@@ -82,6 +90,7 @@ async fn go(options: Options) -> Result<()> {
     let task = ready::BringUp {
         data: cluster.layout.dir.clone(),
         keys: cluster.layout.keys.clone(),
+        former: std::mem::take(&mut cluster.layout.former),
         gateway: listen,
         served,
         examples,
@@ -157,7 +166,11 @@ impl Cluster {
         match event {
             Event::Started { name, pid } => {
                 self.pids.insert(name, pid);
-                self.write_demo()
+                // A full disk is no reason to stop what runs.
+                if let Err(error) = self.write_demo() {
+                    say(&format!("demo.json is not up to date: {error:#}"));
+                }
+                Ok(())
             }
             Event::Died { name, why, pause } => {
                 say(&format!(

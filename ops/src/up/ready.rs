@@ -16,7 +16,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::layout::{DEMO_TENANT, Keys};
+use super::layout::{self, DEMO_TENANT, Former, Keys};
 use super::{Served, examples, say};
 use crate::{models, operator};
 
@@ -34,6 +34,7 @@ const EXPLAIN_EVERY: Duration = Duration::from_secs(5);
 pub struct BringUp {
     pub data: PathBuf,
     pub keys: Keys,
+    pub former: Vec<Former>,
     pub gateway: SocketAddr,
     pub served: Served,
     pub examples: Option<PathBuf>,
@@ -53,6 +54,7 @@ impl BringUp {
             )?;
         say("Control nodes agree on a leader");
         self.set_up(control).await?;
+        self.remove_former(control).await;
         let before = state.last_epoch;
         self.wait_until_ready(control, Epoch(before)).await?;
         say(&format!(
@@ -69,7 +71,7 @@ impl BringUp {
         println!("  Stop           Ctrl-C");
         println!();
         if let Some(folder) = &self.examples {
-            examples::upload(&operator, &tenant()?, folder).await?;
+            examples::upload(&operator, &tenant()?, folder, &self.data.join("uploaded")).await;
         }
         Ok(())
     }
@@ -101,17 +103,17 @@ impl BringUp {
             )
             .await?;
         }
-        let mut wanted = vec![deployment(
+        // The embedder first: a gateway must not call the cluster ready before it knows that it shall have one.
+        let embedder = self.served.embed.as_deref();
+        let mut wanted: Vec<_> = embedder
+            .map(|path| deployment(path, ModelKind::Embed, 1))
+            .into_iter()
+            .collect();
+        wanted.push(deployment(
             &self.served.generate,
             ModelKind::Generate,
             self.served.ranks,
-        )];
-        wanted.extend(
-            self.served
-                .embed
-                .as_deref()
-                .map(|path| deployment(path, ModelKind::Embed, 1)),
-        );
+        ));
         let state = control.read().await?;
         // What an earlier `up` served of the same kind gives way; models that were added besides stay.
         let note = self.data.join("served");
@@ -136,7 +138,22 @@ impl BringUp {
             }
         }
         let lines: String = wanted.iter().map(|w| format!("{}\n", w.model)).collect();
-        super::write_whole(&note, lines.as_bytes(), 0o600)
+        if let Err(error) = super::write_whole(&note, lines.as_bytes(), 0o600) {
+            say(&format!(
+                "A later start with another model will keep this one too: {error:#}"
+            ));
+        }
+        Ok(())
+    }
+
+    /// Workers of an earlier start with more ranks leave the cluster; what does not work now is done at the next start.
+    async fn remove_former(&self, control: &ControlHandle) {
+        for former in &self.former {
+            match remove(control, &self.data, former).await {
+                Ok(()) => say(&format!("{} is no longer a member", former.name)),
+                Err(error) => say(&format!("{} cannot be removed: {error:#}", former.name)),
+            }
+        }
     }
 
     async fn wait_until_ready(&self, control: &ControlHandle, before: Epoch) -> Result<()> {
@@ -198,6 +215,20 @@ async fn propose(control: &ControlHandle, command: Command) -> Result<()> {
         Ok(_) | Err(Error::Rejected(Rejection::Exists { .. })) => Ok(()),
         Err(error) => Err(error.into()),
     }
+}
+
+async fn remove(control: &ControlHandle, data: &Path, former: &Former) -> Result<()> {
+    layout::note_removed(data, former.id)?;
+    match control
+        .propose(Command::RemoveNode { node: former.id })
+        .await
+    {
+        // It never registered, or an earlier start got so far.
+        Ok(_) | Err(Error::Rejected(Rejection::Unknown { .. })) => {}
+        Err(error) => return Err(error.into()),
+    }
+    std::fs::remove_dir_all(&former.dir)
+        .with_context(|| format!("cannot delete {}", former.dir.display()))
 }
 
 /// What is still missing, in a line.
