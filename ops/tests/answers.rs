@@ -3,18 +3,22 @@
 mod cluster;
 
 use std::path::Path;
-use std::process::Command;
 
-use cluster::{Cluster, example_questions, squeeze};
+use cluster::{Cluster, bounded, example_questions, squeeze};
 use futures::StreamExt;
 use serde_json::json;
 
 /// How many of the example questions must have their passage among the first three citations.
 const FOUND_OF_30: f64 = 28.0 / 30.0;
+/// What the whole demo cluster may hold in memory.
+const RESIDENT_BYTES: u64 = 3 << 29;
+/// A client or browser that hangs is ended; its checks take a minute or two.
+const CHECKS_WITHIN_S: u32 = 600;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn example_questions_are_answered_with_the_right_source() {
     let cluster = Cluster::start(2).await;
+    println!("{} MiB resident when ready", cluster.resident_bytes() >> 20);
     let collection = cluster.with_examples().await;
 
     let questions = example_questions();
@@ -54,6 +58,15 @@ async fn example_questions_are_answered_with_the_right_source() {
         questions.len()
     );
 
+    let resident = cluster.resident_bytes();
+    println!("{} MiB resident after the questions", resident >> 20);
+    assert!(
+        resident < RESIDENT_BYTES,
+        "{} MiB resident, expected less than {}",
+        resident >> 20,
+        RESIDENT_BYTES >> 20
+    );
+
     run_python_client(&cluster);
     run_browser(&cluster);
 }
@@ -62,7 +75,8 @@ async fn example_questions_are_answered_with_the_right_source() {
 fn run_python_client(cluster: &Cluster) {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../gateway/tests/openai_client.py");
     let python = std::env::var("VERBUND_PYTHON").unwrap_or_else(|_| "python3".into());
-    let done = Command::new(python)
+    let done = bounded(CHECKS_WITHIN_S)
+        .arg(python)
         .arg(script)
         .arg(cluster.dir().join("demo.json"))
         .status()
@@ -73,11 +87,15 @@ fn run_python_client(cluster: &Cluster) {
 /// Headless Chromium: ask, see the answer stream in, open a citation; axe-core finds no violation.
 fn run_browser(cluster: &Cluster) {
     let ui = Path::new(env!("CARGO_MANIFEST_DIR")).join("../gateway/ui");
-    let done = Command::new("node")
+    let screens = Path::new(env!("CARGO_TARGET_TMPDIR")).join("screens");
+    std::fs::create_dir_all(&screens).expect("folder for screenshots");
+    println!("screenshots in {}", screens.display());
+    let done = bounded(CHECKS_WITHIN_S)
+        .arg("node")
         .current_dir(&ui)
         .args(["tests/browser.mjs"])
         .arg(cluster.dir().join("demo.json"))
-        .arg(cluster.dir())
+        .arg(&screens)
         .status()
         .expect("node");
     assert!(done.success(), "the browser's checks failed");

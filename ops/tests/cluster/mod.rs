@@ -8,19 +8,32 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use tokio::sync::{Mutex, MutexGuard};
 
 /// Longest wait for a cluster to become ready; a bound against hanging, far above what it takes.
 const READY_WITHIN: Duration = Duration::from_secs(90);
+/// A gateway that takes a connection and never answers is asked again.
+const READY_ANSWER_WITHIN: Duration = Duration::from_secs(5);
+
+/// One cluster at a time: two would share the cores, and each would be slower than what the tests wait for.
+static ONE: Mutex<()> = Mutex::const_new(());
 
 pub struct Cluster {
-    up: Child,
+    // Fields end in this order: the processes, then their directory, then the turn.
+    up: Up,
     dir: PathBuf,
-    _own_dir: Option<tempfile::TempDir>,
+    own_dir: Option<tempfile::TempDir>,
+    turn: MutexGuard<'static, ()>,
     pub base: String,
     pub key: String,
     pub admin_key: String,
     pub http: reqwest::Client,
+    /// From the start of `verbund up` until `GET /ready` answered 200.
+    pub ready_after: Duration,
 }
+
+/// `verbund up`, ended with the test whatever happens to it.
+struct Up(Child);
 
 /// One process of the cluster as `demo.json` lists it.
 #[derive(Debug, Clone)]
@@ -49,41 +62,67 @@ pub fn free_port() -> u16 {
 impl Cluster {
     /// Starts a cluster with so many ranks on a new directory and waits until it is ready.
     pub async fn start(ranks: u32) -> Cluster {
+        Cluster::start_with(ranks, &[], &[]).await
+    }
+
+    /// The same with more arguments for `verbund up` and with variables in the environment of all its processes.
+    pub async fn start_with(ranks: u32, more: &[&str], env: &[(&str, &str)]) -> Cluster {
         let dir = tempfile::tempdir().expect("temporary directory");
         let path = dir.path().to_owned();
-        Cluster::start_on(&path, Some(dir), ranks).await
+        Cluster::begin(ONE.lock().await, &path, Some(dir), ranks, more, env).await
     }
 
-    /// Starts a cluster on an existing directory, which outlives it.
-    pub async fn start_again(dir: &Path, ranks: u32) -> Cluster {
-        Cluster::start_on(dir, None, ranks).await
+    /// Starts a cluster on a directory that outlives it.
+    pub async fn start_in(dir: &Path, ranks: u32) -> Cluster {
+        Cluster::begin(ONE.lock().await, dir, None, ranks, &[], &[]).await
     }
 
-    async fn start_on(dir: &Path, own_dir: Option<tempfile::TempDir>, ranks: u32) -> Cluster {
+    /// Starts a cluster that was stopped again, on its directory.
+    pub async fn start_again(self, ranks: u32, more: &[&str]) -> Cluster {
+        let Cluster {
+            up,
+            dir,
+            own_dir,
+            turn,
+            ..
+        } = self;
+        drop(up);
+        Cluster::begin(turn, &dir, own_dir, ranks, more, &[]).await
+    }
+
+    async fn begin(
+        turn: MutexGuard<'static, ()>,
+        dir: &Path,
+        own_dir: Option<tempfile::TempDir>,
+        ranks: u32,
+        more: &[&str],
+        env: &[(&str, &str)],
+    ) -> Cluster {
         let port = free_port();
         let log = std::fs::File::create(dir.join("up.out")).expect("log file");
-        let mut up = verbund()
+        let started = Instant::now();
+        let mut up = Up(verbund()
             .args(["up", "--data"])
             .arg(dir)
             .args(["--port", &port.to_string(), "--ranks", &ranks.to_string()])
+            .args(more)
+            .envs(env.iter().copied())
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("log file"))
             .stderr(log)
             .spawn()
-            .expect("verbund up");
+            .expect("verbund up"));
         let http = reqwest::Client::builder()
             .timeout(Duration::from_secs(120))
             .build()
             .expect("client");
         let ready = format!("http://127.0.0.1:{port}/ready");
-        let started = Instant::now();
         loop {
-            if let Ok(reply) = http.get(&ready).send().await
-                && reply.status() == 200
-            {
+            let asked = http.get(&ready).timeout(READY_ANSWER_WITHIN).send().await;
+            if asked.is_ok_and(|reply| reply.status() == 200) {
                 break;
             }
-            let ended = up.try_wait().expect("state of verbund up");
+            let ended = up.0.try_wait().expect("state of verbund up");
             let said = || std::fs::read_to_string(dir.join("up.out")).unwrap_or_default();
             assert!(
                 ended.is_none(),
@@ -97,9 +136,10 @@ impl Cluster {
             );
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
+        let ready_after = started.elapsed();
         println!(
             "ready after {:.1} s with {ranks} ranks",
-            started.elapsed().as_secs_f32()
+            ready_after.as_secs_f32()
         );
         let demo = read_demo(dir);
         let text = |k: &str| {
@@ -109,14 +149,54 @@ impl Cluster {
                 .to_owned()
         };
         Cluster {
+            up,
+            dir: dir.to_owned(),
+            own_dir,
+            turn,
             base: text("base_url"),
             key: text("api_key"),
             admin_key: text("admin_api_key"),
-            up,
-            dir: dir.to_owned(),
-            _own_dir: own_dir,
             http,
+            ready_after,
         }
+    }
+
+    /// Whether `verbund up` still runs.
+    pub fn runs(&mut self) -> bool {
+        self.up.0.try_wait().expect("state of verbund up").is_none()
+    }
+
+    /// What `verbund up` said so far.
+    pub fn said(&self) -> String {
+        std::fs::read_to_string(self.dir.join("up.out")).unwrap_or_default()
+    }
+
+    /// Waits until `verbund up` has said so.
+    pub async fn has_said(&self, words: &str) {
+        let started = Instant::now();
+        while !self.said().contains(words) {
+            assert!(
+                started.elapsed() < READY_WITHIN,
+                "verbund up has not said «{words}»:\n{}",
+                self.said()
+            );
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Resident memory of `verbund up` and all its processes; what they share counts once.
+    pub fn resident_bytes(&self) -> u64 {
+        let pids = self.processes().into_iter().map(|p| p.pid);
+        let pss = |pid: i32| {
+            let path = format!("/proc/{pid}/smaps_rollup");
+            let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
+            let line = text.lines().find_map(|l| l.strip_prefix("Pss:"));
+            let kib = line.and_then(|l| l.split_whitespace().next());
+            kib.and_then(|kib| kib.parse::<u64>().ok())
+                .unwrap_or_else(|| panic!("{path} has no Pss"))
+                * 1024
+        };
+        pids.chain([self.up.0.id() as i32]).map(pss).sum()
     }
 
     pub fn dir(&self) -> &Path {
@@ -145,17 +225,28 @@ impl Cluster {
 
     /// Asks the operator's command for the state of the cluster.
     pub fn status(&self) -> Value {
-        let out = verbund()
-            .args(["status", "--json", "--data"])
-            .arg(&self.dir)
-            .output()
-            .expect("verbund status");
+        self.try_status().unwrap_or_else(|why| panic!("{why}"))
+    }
+
+    /// The same where the cluster may be without a leader at the moment.
+    pub fn try_status(&self) -> Result<Value, String> {
+        let out = status_of(&self.dir).arg("--json").output();
+        let out = out.expect("verbund status");
+        if !out.status.success() {
+            return Err(format!("status: {}", String::from_utf8_lossy(&out.stderr)));
+        }
+        serde_json::from_slice(&out.stdout).map_err(|e| format!("status as JSON: {e}"))
+    }
+
+    /// The state as people see it.
+    pub fn status_text(&self) -> String {
+        let out = status_of(&self.dir).output().expect("verbund status");
         assert!(
             out.status.success(),
             "status: {}",
             String::from_utf8_lossy(&out.stderr)
         );
-        serde_json::from_slice(&out.stdout).expect("status as JSON")
+        String::from_utf8(out.stdout).expect("text")
     }
 
     pub async fn get(&self, path: &str) -> (u16, Value) {
@@ -257,12 +348,18 @@ impl Cluster {
         collection
     }
 
+    /// Kills `verbund up` itself; its processes are asked to end by the kernel.
+    pub fn kill(&mut self) {
+        self.up.0.kill().expect("kill");
+        self.up.0.wait().expect("the end of verbund up");
+    }
+
     /// Stops the cluster as an operator would, and waits for its end.
     pub fn stop(&mut self) -> std::process::ExitStatus {
-        signal(self.up.id() as i32, "TERM");
+        signal(self.up.0.id() as i32, "TERM");
         let started = Instant::now();
         loop {
-            if let Some(status) = self.up.try_wait().expect("state of verbund up") {
+            if let Some(status) = self.up.0.try_wait().expect("state of verbund up") {
                 return status;
             }
             assert!(
@@ -274,20 +371,43 @@ impl Cluster {
     }
 }
 
-impl Drop for Cluster {
+impl Drop for Up {
     fn drop(&mut self) {
-        if self.up.try_wait().ok().flatten().is_none() {
-            signal(self.up.id() as i32, "TERM");
-            for _ in 0..200 {
-                if self.up.try_wait().ok().flatten().is_some() {
-                    return;
-                }
-                std::thread::sleep(Duration::from_millis(50));
-            }
-            self.up.kill().ok();
-            self.up.wait().ok();
-        }
+        end(&mut self.0);
     }
+}
+
+/// Ends a process that this test started: asks it to, and kills it when it has not after 10 s.
+pub fn end(child: &mut Child) {
+    if child.try_wait().ok().flatten().is_some() {
+        return;
+    }
+    signal(child.id() as i32, "TERM");
+    for _ in 0..200 {
+        if child.try_wait().ok().flatten().is_some() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    child.kill().ok();
+    child.wait().ok();
+}
+
+/// `verbund status` for the cluster whose operator's identity is in `dir`; ends by itself.
+pub fn status_of(dir: &Path) -> Command {
+    let mut command = bounded(60);
+    command
+        .arg(verbund().get_program())
+        .args(["status", "--data"])
+        .arg(dir);
+    command
+}
+
+/// The start of a command line that is ended after so many seconds, with status 124, or killed 30 s later.
+pub fn bounded(seconds: u32) -> Command {
+    let mut command = Command::new("timeout");
+    command.args(["--kill-after=30", &seconds.to_string()]);
+    command
 }
 
 /// Sends a signal to a process that this test started.
