@@ -20,6 +20,9 @@ use crate::ids::NodeId;
 /// QUIC's code for a connection that may not be here.
 pub(super) const FORBIDDEN: u32 = 2;
 
+/// What a revoked node is told.
+const REMOVED: &[u8] = b"this node was removed from the cluster";
+
 /// QUIC's code for a stream that breaks the protocol.
 const MALFORMED: u32 = 3;
 
@@ -61,7 +64,7 @@ async fn greet(inner: Arc<Inner>, incoming: Incoming) {
     let refusal: &[u8] = match peer_of(&connection) {
         _ if protocol.as_deref() != Some(ALPN) => b"unknown protocol",
         None => b"a certificate of this cluster is required",
-        Some(node) if inner.is_revoked(node) => b"this node was removed from the cluster",
+        Some(node) if inner.is_revoked(node) => REMOVED,
         Some(node) => return serve(inner, connection, node).await,
     };
     tracing::warn!(%from, why = %String::from_utf8_lossy(refusal), "a connection was refused");
@@ -79,9 +82,15 @@ pub(super) fn peer_of(connection: &Connection) -> Option<NodeId> {
 
 async fn serve(inner: Arc<Inner>, connection: Connection, from: NodeId) {
     let budget = inner.budget(from);
+    let mut revocation = inner.revocation.subscribe();
     loop {
+        // At every turn, so that neither a revocation between two turns nor a stream that came with it slips through.
+        if inner.is_revoked(from) {
+            return connection.close(FORBIDDEN.into(), REMOVED);
+        }
         let fault = tokio::select! {
             stream = connection.accept_bi() => match stream {
+                Ok(_) if inner.is_revoked(from) => continue,
                 Ok((send, receive)) => {
                     let reader = FrameReader::new(receive, MAX_FRAME_BYTES, Some(budget.clone()));
                     inner.tasks.spawn(request(inner.clone(), from, send, reader));
@@ -90,6 +99,7 @@ async fn serve(inner: Arc<Inner>, connection: Connection, from: NodeId) {
                 Err(fault) => fault,
             },
             stream = connection.accept_uni() => match stream {
+                Ok(_) if inner.is_revoked(from) => continue,
                 Ok(receive) => {
                     let stopping = inner.stopping.clone();
                     let lane = lane(inner.clone(), from, receive, budget.clone());
@@ -98,12 +108,8 @@ async fn serve(inner: Arc<Inner>, connection: Connection, from: NodeId) {
                 }
                 Err(fault) => fault,
             },
-            () = inner.revocation.notified() => {
-                if inner.is_revoked(from) {
-                    return connection.close(FORBIDDEN.into(), b"this node was removed from the cluster");
-                }
-                continue;
-            }
+            // Fails only when the transport is gone, and with it this connection.
+            Ok(()) = revocation.changed() => continue,
         };
         return tracing::debug!(%from, %fault, "a connection ended");
     }

@@ -23,7 +23,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use quinn::{Connection, Endpoint, TokioRuntime};
-use tokio::sync::{Notify, Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -71,7 +71,8 @@ pub(crate) struct Inner {
     joins: Semaphore,
     budgets: Mutex<HashMap<NodeId, Budget>>,
     revoked: Arc<RwLock<HashSet<NodeId>>>,
-    revocation: Notify,
+    /// Changes whenever `revoked` does.
+    revocation: watch::Sender<()>,
     dialler: Dialler,
     lanes: Lanes,
     stopping: CancellationToken,
@@ -104,7 +105,7 @@ impl Transport {
             joins: Semaphore::new(MAX_JOINS),
             budgets: Mutex::default(),
             revoked: revoked.clone(),
-            revocation: Notify::new(),
+            revocation: watch::Sender::new(()),
             dialler: Dialler::new(endpoint.clone(), revoked),
             lanes: Lanes::default(),
             stopping: CancellationToken::new(),
@@ -158,20 +159,36 @@ impl Transport {
             .unwrap_or_else(PoisonError::into_inner) = Some(authority);
     }
 
-    /// Refuses these nodes from now on, whatever their certificate says, and closes their connections.
+    /// Refuses these nodes from now on, whatever their certificate says, and closes their connections. Those that were
+    /// refused before and are not among them are taken again.
     pub fn set_revoked(&self, nodes: HashSet<NodeId>) {
+        self.change_revoked(|revoked| *revoked = nodes);
+    }
+
+    /// Refuses these nodes too. A list that is older than one heard before takes nobody back.
+    pub fn revoke(&self, nodes: impl IntoIterator<Item = NodeId>) {
+        self.change_revoked(|revoked| revoked.extend(nodes));
+    }
+
+    /// Whether the node was revoked here.
+    pub fn is_revoked(&self, node: NodeId) -> bool {
+        self.inner.is_revoked(node)
+    }
+
+    fn change_revoked(&self, change: impl FnOnce(&mut HashSet<NodeId>)) {
         {
             let mut revoked = self
                 .inner
                 .revoked
                 .write()
                 .unwrap_or_else(PoisonError::into_inner);
-            if *revoked == nodes {
+            let before = revoked.clone();
+            change(&mut revoked);
+            if *revoked == before {
                 return;
             }
-            *revoked = nodes;
         }
-        self.inner.revocation.notify_waiters();
+        self.inner.revocation.send_replace(());
         let inner = self.inner.clone();
         self.inner
             .tasks
