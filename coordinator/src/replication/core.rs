@@ -8,6 +8,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use protobuf::Message as _;
 use raft::eraftpb::{ConfChange, ConfChangeV2, ConfState, Entry, EntryType, Message, MessageType};
 use raft::{Config, RawNode, SnapshotStatus, StateRole};
+use rand::RngCore;
 use slog::o;
 use tokio::sync::oneshot;
 
@@ -20,7 +21,7 @@ use super::store::{Position, Store};
 use crate::clock::{Duration, Instant, monotonic};
 use crate::ids::NodeId;
 
-/// Entries of one append message: at least one, so a message stays below 5 MiB.
+/// Entries of one append message, or one entry that is larger: so a message stays below 5 MiB.
 const MAX_APPEND_BYTES: u64 = 512 * 1024;
 /// Append messages to one member that are not answered yet.
 const MAX_APPENDS: usize = 16;
@@ -118,7 +119,8 @@ impl<'a> Core<'a> {
             max_inflight_msgs: MAX_APPENDS,
             check_quorum: true,
             pre_vote: true,
-            batch_append: true,
+            // Batching ignores `max_size_per_msg`: a message could outgrow a transport frame. Lanes batch the writes anyway.
+            batch_append: false,
             max_uncommitted_size: MAX_UNCOMMITTED_BYTES,
             max_committed_size_per_ready: MAX_COMMITTED_BYTES_PER_READY,
             ..Config::default()
@@ -139,7 +141,9 @@ impl<'a> Core<'a> {
             applier,
             node,
             run,
-            next_read: 0,
+            // An answer that is late by a whole run must not pass for one of this run's, whose index may be higher. Half of
+            // the range, so that numbers keep growing.
+            next_read: rand::rng().next_u64() >> 1,
             unsent_reads: Vec::new(),
             reads: BTreeMap::new(),
             fetching: false,
@@ -158,6 +162,8 @@ impl<'a> Core<'a> {
 
     fn serve(&mut self, events: &Receiver<Event>) -> Result<(), Error> {
         let tick = Duration::from_millis(self.shared.config.tick_ms.max(1));
+        // Members are known by it, whose answers to the first messages come soon.
+        self.publish();
         let mut next_tick = monotonic() + tick;
         loop {
             self.write_and_speak()?;
@@ -268,11 +274,7 @@ impl<'a> Core<'a> {
                 };
                 self.shared.pending.insert(at, reply);
             }
-            // The core takes nothing while it hands over, or while too much waits.
-            Err(_) if self.node.raft.lead_transferee.is_some() => {
-                drop(reply.send(Err(self.not_leader())))
-            }
-            Err(_) => drop(reply.send(Err(Error::Overloaded))),
+            Err(_) => drop(reply.send(Err(self.not_taken()))),
         }
     }
 
@@ -296,7 +298,16 @@ impl<'a> Core<'a> {
         }
         self.node
             .propose_conf_change(Vec::new(), change.clone())
-            .map_err(core_error)
+            .map_err(|_| self.not_taken())
+    }
+
+    /// Why the core of a leader does not take a proposal: it hands over, or too much waits.
+    fn not_taken(&self) -> Error {
+        if self.node.raft.lead_transferee.is_some() {
+            self.not_leader()
+        } else {
+            Error::Overloaded
+        }
     }
 
     fn receive(&mut self, message: Message) {
@@ -599,6 +610,7 @@ impl<'a> Core<'a> {
             first_log_index: self.node.store().first(),
             last_log_index: raft.raft_log.last_index(),
             voters: ids(&conf.voters),
+            voters_outgoing: ids(&conf.voters_outgoing),
             learners,
             changing: !conf.voters_outgoing.is_empty() || raft.has_pending_conf(),
             failure: None,

@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use protobuf::Message as _;
-use raft::eraftpb::Message;
+use raft::eraftpb::{Message, MessageType};
 use rocksdb::{BottommostLevelCompaction, CompactOptions};
 use tokio::runtime::Handle as Runtime;
 use tokio::sync::{Semaphore, oneshot, watch};
@@ -41,6 +41,14 @@ const MAX_INBOX_BYTES: usize = 64 * 1024 * 1024;
 pub trait AddressBook: Send + Sync {
     /// The transport address of a node; `None` while it is not known.
     fn addr(&self, node: NodeId) -> Option<SocketAddr>;
+
+    /// Whether a node that the group's membership, as far as it is applied here, does not name may speak as a member:
+    /// those that were added lately, and all when this replica has only joined. Everybody else's messages are dropped.
+    /// A book that has only members' addresses need not say more.
+    fn is_peer(&self, group: RaftGroupId, node: NodeId) -> bool {
+        let _ = group;
+        self.addr(node).is_some()
+    }
 }
 
 /// What makes one replica.
@@ -94,6 +102,8 @@ pub struct ReplicaStatus {
     pub first_log_index: u64,
     pub last_log_index: u64,
     pub voters: BTreeSet<NodeId>,
+    /// The voters before, while a membership change is under way.
+    pub voters_outgoing: BTreeSet<NodeId>,
     pub learners: BTreeSet<NodeId>,
     /// A membership change is under way.
     pub changing: bool,
@@ -411,12 +421,18 @@ impl Shared {
             .register_named(self.snapshot_service.clone(), Arc::new(give));
     }
 
-    fn take_message(&self, from: NodeId, bytes: &[u8]) {
+    pub(super) fn take_message(&self, from: NodeId, bytes: &[u8]) {
         let Ok(message) = Message::parse_from_bytes(bytes) else {
             return tracing::warn!(group = %self.config.group, %from, "a Raft message cannot be read");
         };
         if message.from != from.0 || message.to != self.config.node.0 {
             return tracing::warn!(group = %self.config.group, %from, "a Raft message bears another node's name");
+        }
+        if !self.may_speak(from) {
+            return tracing::debug!(group = %self.config.group, %from, "a Raft message of a node that is no member was dropped");
+        }
+        if !is_sound(&message) {
+            return tracing::warn!(group = %self.config.group, %from, "a Raft message that no member sends was dropped");
         }
         if self.inbox_bytes.fetch_add(bytes.len(), Ordering::Relaxed) > MAX_INBOX_BYTES {
             self.inbox_bytes.fetch_sub(bytes.len(), Ordering::Relaxed);
@@ -426,6 +442,20 @@ impl Shared {
             message,
             bytes: bytes.len(),
         });
+    }
+
+    /// A node's certificate says who it is, not that it belongs to this group.
+    fn may_speak(&self, from: NodeId) -> bool {
+        if self.transport.is_revoked(from) {
+            return false;
+        }
+        let is_member = {
+            let status = self.status.borrow();
+            [&status.voters, &status.voters_outgoing, &status.learners]
+                .iter()
+                .any(|members| members.contains(&from))
+        };
+        is_member || self.address_book.is_peer(self.config.group, from)
     }
 
     async fn give_snapshot(self: Arc<Self>, to: NodeId, reply: Reply) {
@@ -456,5 +486,15 @@ impl Shared {
             to,
             outcome: Some(complete),
         });
+    }
+}
+
+/// Whether the core may see it: it takes the one entry of a read for granted, and callers propose and hand over on the
+/// leader only, so no member forwards either.
+fn is_sound(message: &Message) -> bool {
+    match message.get_msg_type() {
+        MessageType::MsgReadIndex | MessageType::MsgReadIndexResp => message.entries.len() == 1,
+        MessageType::MsgPropose | MessageType::MsgTransferLeader => false,
+        _ => true,
     }
 }

@@ -183,6 +183,12 @@ impl Cluster {
         );
     }
 
+    /// A transport with a certificate of the cluster that belongs to no member.
+    pub(super) fn outsider(&self, id: u64) -> Transport {
+        let identity = self.ca.issue(NodeId(id), "outsider").expect("an identity");
+        Transport::bind(&identity, (Ipv4Addr::LOCALHOST, 0).into()).expect("a transport")
+    }
+
     pub(super) async fn stop_node(&mut self, id: u64) {
         let node = self.nodes.remove(&id).expect("a running node");
         node.replica.shutdown().await;
@@ -248,15 +254,21 @@ impl Cluster {
         }
     }
 
+    /// Reads at a node, which a loaded machine may need more than one attempt for.
+    pub(super) async fn read(&self, id: u64) -> View {
+        let deadline = monotonic() + LONG;
+        loop {
+            match self.replica(id).read_index().await {
+                Ok(view) => return view,
+                Err(error) => assert!(monotonic() < deadline, "no majority answered: {error}"),
+            }
+        }
+    }
+
     /// Waits until all running nodes have applied what the leader has, and checks that their states are the same.
     pub(super) async fn converge(&self) -> BTreeMap<Vec<u8>, Vec<u8>> {
         let leader = self.leader().await;
-        let goal = self
-            .replica(leader)
-            .read_index()
-            .await
-            .expect("a majority")
-            .applied();
+        let goal = self.read(leader).await.applied();
         for id in self.nodes.keys() {
             self.caught_up(*id, goal).await;
         }

@@ -4,12 +4,16 @@ use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 
 use super::cluster::{Cluster, LONG, eventually, rows, set};
+use crate::clock::monotonic;
 use crate::ids::{NodeId, RaftGroupId};
 use crate::replication::directory::Directory;
 use crate::replication::store::Store;
 use crate::replication::{Error, ReplicaConfig};
 
 const CRASH_DIR: &str = "VERBUND_TEST_CRASH_DIR";
+const SMALL_DISK: &str = "VERBUND_TEST_SMALL_DISK";
+/// For machines that allow neither mounting nor namespaces.
+const NO_SMALL_DISK: &str = "VERBUND_TEST_NO_SMALL_DISK";
 
 #[test]
 fn a_directory_in_use_of_another_format_or_of_another_node_is_refused_by_name() {
@@ -32,7 +36,8 @@ fn a_directory_in_use_of_another_format_or_of_another_node_is_refused_by_name() 
     );
     drop(held);
     // A process that another test is starting holds the lock too, between fork and exec.
-    while matches!(open(0, 1), Err(Error::Locked { .. })) {
+    let begin = monotonic();
+    while matches!(open(0, 1), Err(Error::Locked { .. })) && begin.elapsed() < LONG {
         std::thread::yield_now();
     }
     assert_eq!(open(0, 1), Ok(()));
@@ -137,12 +142,13 @@ fn acknowledged_commands_survive_kill_9() {
     );
 }
 
-/// A small disk of its own; `None` where mounting is not allowed.
+/// A small disk of its own.
 struct SmallDisk {
     dir: tempfile::TempDir,
 }
 
 impl SmallDisk {
+    /// `None` where mounting is not allowed.
     fn mount() -> Option<Self> {
         let dir = tempfile::tempdir().expect("a directory");
         let mounted = Command::new("mount")
@@ -151,11 +157,7 @@ impl SmallDisk {
             .stderr(Stdio::null())
             .status()
             .is_ok_and(|status| status.success());
-        if !mounted {
-            eprintln!("skipped: a small disk cannot be mounted here");
-            return None;
-        }
-        Some(Self { dir })
+        mounted.then(|| Self { dir })
     }
 }
 
@@ -170,9 +172,51 @@ impl Drop for SmallDisk {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_disk_refuses_clearly_loses_nothing_and_recovers_by_itself() {
-    let Some(disk) = SmallDisk::mount() else {
-        return;
+    if let Some(disk) = SmallDisk::mount() {
+        return fill_up(disk).await;
+    }
+    // Whoever may not mount may do so in a namespace of its own, on most systems.
+    let child = Command::new("unshare")
+        .arg("-Urm")
+        .arg(std::env::current_exe().expect("this test"))
+        .args(["--exact", "replication::tests::disk::full_disk_child"])
+        .args(["--ignored", "--nocapture"])
+        .env(SMALL_DISK, "1")
+        .output();
+    let output = |child: &std::process::Output| {
+        [&child.stdout, &child.stderr]
+            .map(|text| String::from_utf8_lossy(text).into_owned())
+            .concat()
     };
+    let ran = child
+        .as_ref()
+        .is_ok_and(|child| output(child).contains("running 1 test"));
+    match child {
+        Ok(child) if child.status.success() => {
+            assert!(output(&child).contains("1 passed"), "{}", output(&child));
+        }
+        _ if !ran && std::env::var_os(NO_SMALL_DISK).is_some() => {
+            eprintln!("skipped: no small disk can be mounted, and {NO_SMALL_DISK} is set");
+        }
+        Ok(child) => panic!(
+            "neither mount nor unshare gave a small disk, or the test failed on it; set {NO_SMALL_DISK}=1 to skip \
+             it:\n{}",
+            output(&child)
+        ),
+        Err(error) => panic!("unshare: {error}; set {NO_SMALL_DISK}=1 to skip this test"),
+    }
+}
+
+/// Not a test of its own: the one above, where it may mount.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "started by another test, in a namespace where it may mount"]
+async fn full_disk_child() {
+    if std::env::var_os(SMALL_DISK).is_some() {
+        fill_up(SmallDisk::mount().expect("a namespace of its own allows it")).await;
+    }
+}
+
+async fn fill_up(disk: SmallDisk) {
     let mut cluster = Cluster::start(0, |config: &mut ReplicaConfig| {
         config.bootstrap = Some(vec![NodeId(1)])
     });
