@@ -54,6 +54,11 @@ pub(super) enum Event {
     },
     /// How far each member's log agrees with the leader's.
     Progress(oneshot::Sender<Result<BTreeMap<NodeId, u64>, Error>>),
+    /// Drops the log up to an index, as far as it is applied.
+    ForgetLog {
+        upto: u64,
+        reply: oneshot::Sender<Result<(), Error>>,
+    },
     Applied(u64),
     /// The apply thread ended with an error.
     Broken(Error),
@@ -231,6 +236,12 @@ impl<'a> Core<'a> {
                     Err(self.not_leader())
                 };
                 let _ = reply.send(answer);
+            }
+            Event::ForgetLog { upto, reply } => {
+                let upto = upto.min(self.node.raft.raft_log.applied);
+                let forgotten = self.node.mut_store().truncate(upto, 0, 0);
+                let _ = reply.send(forgotten.clone());
+                forgotten?;
             }
             Event::Applied(index) => self.applied(index)?,
             Event::Broken(error) => return Err(error),

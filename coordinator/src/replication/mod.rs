@@ -12,10 +12,12 @@
 mod apply;
 mod core;
 mod directory;
+mod erase;
 mod error;
 mod log;
 mod machine;
 mod members;
+mod metrics;
 mod replica;
 mod run;
 mod snapshot;

@@ -11,7 +11,6 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use protobuf::Message as _;
 use raft::eraftpb::{Message, MessageType};
-use rocksdb::{BottommostLevelCompaction, CompactOptions};
 use tokio::runtime::Handle as Runtime;
 use tokio::sync::{Semaphore, oneshot, watch};
 use tokio::time::timeout;
@@ -19,9 +18,8 @@ use tokio::time::timeout;
 use super::apply::Pending;
 use super::core::Event;
 use super::directory::Directory;
-use super::machine::successor;
 use super::store::Store;
-use super::{Error, MAX_COMMAND_BYTES, StateMachine, View, members, run, snapshot};
+use super::{Error, MAX_COMMAND_BYTES, StateMachine, View, erase, members, metrics, run, snapshot};
 use crate::clock::Duration;
 use crate::ids::{NodeId, RaftGroupId};
 use crate::transport::{ErrorCode, RemoteError, Reply, Transport};
@@ -215,7 +213,7 @@ impl Replica {
         })
     }
 
-    fn shared(&self) -> &Arc<Shared> {
+    pub(super) fn shared(&self) -> &Arc<Shared> {
         &self.handle.shared
     }
 
@@ -226,6 +224,14 @@ impl Replica {
     /// [`Error::NotLeader`], [`Error::TooLarge`] and [`Error::Overloaded`]: nothing happened. [`Error::Interrupted`],
     /// [`Error::Timeout`], [`Error::Storage`]: it may still take effect, so commands should bear repetition.
     pub async fn propose(&self, command: Vec<u8>) -> Result<Vec<u8>, Error> {
+        let answer = self.propose_uncounted(command).await;
+        if let Err(error) = &answer {
+            metrics::proposal_failed(self.shared().config.group, error);
+        }
+        answer
+    }
+
+    async fn propose_uncounted(&self, command: Vec<u8>) -> Result<Vec<u8>, Error> {
         if command.len() > MAX_COMMAND_BYTES {
             return Err(Error::TooLarge {
                 bytes: command.len(),
@@ -317,23 +323,23 @@ impl Replica {
             .unwrap_or_else(|_| Err(self.shared().failure()))
     }
 
-    /// Rewrites the files that hold keys with this prefix, so that deleted values leave the disk.
+    /// Rewrites the files that hold keys with this prefix, so that values of the state that were deleted before the call
+    /// leave the disk. They may still stand in the log: see [`Replica::forget_log`].
     ///
     /// # Errors
-    /// [`Error::Storage`].
+    /// [`Error::Storage`]; [`Error::Timeout`] when a [`View`] from before the call is held for too long. Call again later.
     pub async fn compact_prefix(&self, prefix: &[u8]) -> Result<(), Error> {
-        let (store, from, to) = (self.shared().store()?, prefix.to_vec(), successor(prefix));
-        let compact = move || {
-            let mut options = CompactOptions::default();
-            options.set_bottommost_level_compaction(BottommostLevelCompaction::Force);
-            store
-                .db()
-                .compact_range_cf_opt(&store.state()?, Some(from), to, &options);
-            Ok(())
-        };
-        tokio::task::spawn_blocking(compact)
-            .await
-            .unwrap_or(Err(Error::Closed))
+        erase::compact_prefix(self.shared().store()?, prefix).await
+    }
+
+    /// Takes commands that were applied here before the call off this replica's disk: they stand in its log, and in the
+    /// database's own write-ahead log. Every member has to do it for itself. A member that lags too far behind gets a
+    /// snapshot instead of the entries that are gone.
+    ///
+    /// # Errors
+    /// As [`Replica::compact_prefix`].
+    pub async fn forget_log(&self) -> Result<(), Error> {
+        erase::forget_log(self).await
     }
 
     /// Hands leadership over where possible, writes everything out and closes the directory.
@@ -381,6 +387,9 @@ impl Shared {
 
     pub(super) fn publish(&self, status: ReplicaStatus) {
         let leader = status.leader;
+        if *self.status.borrow() != status {
+            metrics::status(self.config.group, &status);
+        }
         self.status.send_if_modified(|known| {
             let changed = *known != status;
             *known = status;

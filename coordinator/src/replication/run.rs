@@ -137,6 +137,7 @@ fn turn_away(shared: &Shared, event: Event, error: &Error) {
         }
         Event::Propose { reply, .. } => drop(reply.send(Err(error.clone()))),
         Event::Change { reply, .. } => drop(reply.send(Err(error.clone()))),
+        Event::ForgetLog { reply, .. } => drop(reply.send(Err(error.clone()))),
         Event::Progress(reply) => drop(reply.send(Err(error.clone()))),
         // Whoever reads hears it from the store.
         _ => {}

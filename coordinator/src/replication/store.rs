@@ -78,7 +78,9 @@ impl Store {
         options.set_max_total_wal_size(MAX_WAL_BYTES);
         options.set_keep_log_file_num(2);
         options.set_log_level(LogLevel::Warn);
-        // A torn last record was never acknowledged; anything else that is broken must not be read over.
+        // Ends at the first broken record. In the tail that was not synced, the disk may have kept later pages and lost
+        // earlier ones; nothing there was acknowledged. A record that rots in the synced part takes what follows with it:
+        // the log is then shorter than its commit index, which `Log::open` or the leader's next heartbeat finds.
         options.set_wal_recovery_mode(DBRecoveryMode::PointInTime);
         let mut names = match path.join("CURRENT").exists() {
             true => Db::list_cf(&options, &path)?,
@@ -153,6 +155,16 @@ impl Store {
         self.db.cf_handle(name).ok_or_else(|| Error::Storage {
             why: format!("the column family {name} is missing"),
         })
+    }
+
+    /// The column family of the log.
+    pub(super) fn log(&self) -> Result<Column<'_>, Error> {
+        self.column(LOG)
+    }
+
+    /// All column families that are written, the state's first.
+    pub(super) fn columns(&self) -> Result<[Column<'_>; 3], Error> {
+        Ok([self.state()?, self.column(META)?, self.log()?])
     }
 
     /// The column family of the present state. The caller holds off snapshots.

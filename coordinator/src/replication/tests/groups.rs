@@ -1,7 +1,10 @@
 //! What a group promises while members die, are cut off, come back, join and leave.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::sync::atomic::Ordering;
+
+use protobuf::Message as _;
+use raft::eraftpb::{Message, MessageType};
 
 use super::cluster::{Cluster, LONG, eventually, set};
 use crate::clock::Duration;
@@ -179,6 +182,109 @@ async fn a_member_far_behind_gets_a_snapshot_and_the_log_stays_short() {
     cluster.start_node(behind);
     cluster.propose(set("more", b"1")).await;
     assert_eq!(cluster.converge().await.len(), 62);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_member_that_lags_behind_a_forgotten_log_gets_a_snapshot() {
+    let mut cluster = Cluster::start(3, |_| {});
+    cluster.propose(set("before", b"1")).await;
+    cluster.converge().await;
+    let leader = cluster.leader().await;
+    let behind = if leader == 3 { 2 } else { 3 };
+    cluster.stop_node(behind).await;
+    cluster.propose(set("while", b"1")).await;
+    let leader = cluster.leader().await;
+    cluster
+        .replica(leader)
+        .forget_log()
+        .await
+        .expect("one that is away does not hold it up for ever");
+    let status = cluster.replica(leader).status();
+    assert!(
+        status.first_log_index > status.last_log_index,
+        "nothing is left of the log: {status:?}"
+    );
+    cluster.start_node(behind);
+    assert_eq!(cluster.converge().await.len(), 2);
+    assert!(
+        cluster.nodes[&behind]
+            .machine
+            .reloads
+            .load(Ordering::SeqCst)
+            >= 2,
+        "a snapshot was taken over"
+    );
+    cluster.propose(set("after", b"1")).await;
+    assert_eq!(cluster.converge().await.len(), 3);
+}
+
+/// A Raft message as a peer at `term` would send it.
+fn forged(kind: MessageType, from: u64, to: u64, term: u64) -> Message {
+    let mut message = Message::default();
+    message.set_msg_type(kind);
+    message.from = from;
+    message.to = to;
+    message.term = term;
+    // Elections forced by a transfer ask no lease.
+    message.context = b"CampaignTransfer".to_vec().into();
+    message
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_members_are_heard_and_only_what_members_say() {
+    let cluster = Cluster::start(3, |_| {});
+    cluster.propose(set("a", b"1")).await;
+    let leader = cluster.leader().await;
+    let term = cluster.replica(leader).status().term;
+    let outsider = cluster.outsider(9);
+    let hear = |id: u64, message: &Message| {
+        let bytes = message.write_to_bytes().expect("a message serialises");
+        let from = NodeId(message.from);
+        cluster.replica(id).shared().take_message(from, &bytes);
+        bytes
+    };
+    let kinds = [
+        MessageType::MsgAppend,
+        MessageType::MsgHeartbeat,
+        MessageType::MsgSnapshot,
+        MessageType::MsgRequestVote,
+        MessageType::MsgRequestPreVote,
+        MessageType::MsgTimeoutNow,
+        MessageType::MsgReadIndex,
+    ];
+    for id in 1..=3 {
+        for kind in kinds {
+            let bytes = hear(id, &forged(kind, 9, id, term + 1000));
+            // The same by the network, under the certificate that the cluster's CA gave.
+            let to = cluster.nodes[&id].transport.local_addr();
+            outsider.send(to, "raft/0", bytes.into());
+        }
+        let member = if leader == 1 { 2 } else { 1 };
+        for kind in [
+            MessageType::MsgReadIndex,
+            MessageType::MsgReadIndexResp,
+            MessageType::MsgPropose,
+            MessageType::MsgTransferLeader,
+        ] {
+            hear(id, &forged(kind, member, id, 0));
+        }
+        // Asked after them, so answered after them.
+        let view = cluster.read(id).await;
+        assert_eq!(view.get(b"a").expect("readable"), Some(b"1".to_vec()));
+        let status = cluster.replica(id).status();
+        assert!(status.term < term + 1000, "{status:?}");
+        assert_eq!(status.failure, None);
+    }
+    // A member at such a term is heard, unless it was removed from the cluster.
+    let (one, other) = (leader, if leader == 3 { 2 } else { 3 });
+    let answer = forged(MessageType::MsgAppendResponse, other, one, term + 1000);
+    cluster.nodes[&one].transport.revoke([NodeId(other)]);
+    hear(one, &answer);
+    cluster.read(one).await;
+    assert!(cluster.replica(one).status().term < term + 1000);
+    cluster.nodes[&one].transport.set_revoked(HashSet::new());
+    hear(one, &answer);
+    eventually(|| (cluster.replica(one).status().term >= term + 1000).then_some(())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

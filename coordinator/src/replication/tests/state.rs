@@ -1,8 +1,11 @@
-//! What a state machine sees: its own writes, deleted prefixes, and views that do not move.
+//! What a state machine sees: its own writes, deleted prefixes, and views that do not move; and what erasure leaves.
 
+use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::Arc;
 
-use super::cluster::{Cluster, rows, set};
+use super::cluster::{Cluster, eventually, rows, set};
+use crate::clock::Duration;
 use crate::ids::{NodeId, RaftGroupId};
 use crate::replication::directory::Directory;
 use crate::replication::machine::{Txn, successor};
@@ -131,18 +134,95 @@ fn a_view_outlives_the_state_that_a_snapshot_replaces() {
     );
 }
 
+/// Extensions of the files under `dir` that contain `bytes`.
+fn found_in(dir: &Path, bytes: &[u8]) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    for file in std::fs::read_dir(dir).expect("a directory") {
+        let path = file.expect("a file").path();
+        if path.is_dir() {
+            found.extend(found_in(&path, bytes));
+        }
+        // One that was removed meanwhile holds nothing any more.
+        let content = std::fs::read(&path).unwrap_or_default();
+        if content.windows(bytes.len()).any(|part| part == bytes) {
+            let extension = path.extension().unwrap_or_default();
+            found.insert(extension.to_string_lossy().into_owned());
+        }
+    }
+    found
+}
+
 #[tokio::test(flavor = "multi_thread")]
-async fn compaction_takes_deleted_values_off_the_disk() {
-    let cluster = Cluster::start(1, |config| config.max_log_entries = 4);
+async fn deleted_values_leave_the_disk_of_every_member() {
+    let mut cluster = Cluster::start(3, |_| {});
     let secret = b"Aktenzeichen-4711-geheim";
     cluster.propose(set("doc/1", secret)).await;
     cluster.propose(set("keep", b"1")).await;
+    cluster.converge().await;
+    for id in 1..=3 {
+        let dir = cluster.config(id).dir;
+        assert!(
+            found_in(&dir, secret).contains("log"),
+            "the scan finds it in the write-ahead log"
+        );
+        // Everything is written out once, so that the secret lies in the state's files too.
+        cluster.replica(id).forget_log().await.expect("forgotten");
+        assert!(
+            found_in(&dir, secret).contains("sst"),
+            "the scan finds it in the state's files"
+        );
+    }
+    cluster.propose(set("doc/2", secret)).await;
     cluster.propose(b"del doc/".to_vec()).await;
-    cluster
-        .replica(1)
-        .compact_prefix(b"doc/")
-        .await
-        .expect("compacted");
+    cluster.converge().await;
+    for id in 1..=3 {
+        let replica = cluster.replica(id);
+        replica.compact_prefix(b"doc/").await.expect("compacted");
+        replica.forget_log().await.expect("forgotten");
+        let dir = cluster.config(id).dir;
+        // RocksDB removes rewritten files in the background.
+        eventually(|| found_in(&dir, secret).is_empty().then_some(())).await;
+        // Once more, with nothing left to forget.
+        replica.forget_log().await.expect("forgotten");
+    }
+    // What is left is enough to start again from, and to go on.
+    for id in 1..=3 {
+        cluster.stop_node(id).await;
+    }
+    for id in 1..=3 {
+        cluster.start_node(id);
+    }
+    cluster.propose(set("after", b"1")).await;
     let state = cluster.converge().await;
-    assert_eq!(state.into_keys().collect::<Vec<_>>(), [b"keep".to_vec()]);
+    let keys: Vec<_> = state.into_keys().collect();
+    assert_eq!(keys, [b"after".to_vec(), b"keep".to_vec()]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_view_still_shows_is_not_called_erased() {
+    let cluster = Cluster::start(1, |_| {});
+    let secret = b"Aktenzeichen-4712-geheim";
+    cluster.propose(set("doc/1", secret)).await;
+    let replica = cluster.replica(1);
+    replica.forget_log().await.expect("forgotten");
+    let view = replica.local_view();
+    cluster.propose(b"del doc/".to_vec()).await;
+    let compacting = tokio::spawn({
+        let replica = replica.clone();
+        async move { replica.compact_prefix(b"doc/").await }
+    });
+    // It cannot be over while the view stands, however long this takes.
+    for _ in 0..20 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        assert!(!compacting.is_finished());
+    }
+    assert_eq!(
+        view.get(b"doc/1").expect("readable").as_deref(),
+        Some(&secret[..])
+    );
+    drop(view);
+    compacting.await.expect("no panic").expect("compacted");
+    replica.forget_log().await.expect("forgotten");
+    let dir = cluster.config(1).dir;
+    eventually(|| found_in(&dir, secret).is_empty().then_some(())).await;
 }
