@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::state::{
     ApiKey, Cluster, Deployment, JoinTokenRecord, Node, RankAssignment, ShardReport, StoreGroup,
 };
-use crate::ids::{Device, Epoch, GroupId, NodeId, RaftGroupId, Rank, Role, TenantId};
+use crate::ids::{Device, Epoch, GroupId, NodeId, Rank, Role, TenantId};
 
 /// A change to the control state.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -83,13 +83,8 @@ pub enum Command {
         rank: Rank,
         reason: String,
     },
-    /// Creates a Raft group of the store.
+    /// Creates a Raft group of the store. Its members stay: nothing moves the data of one that leaves.
     CreateStoreGroup(StoreGroup),
-    /// Changes the voters of a Raft group of the store.
-    SetStoreMembers {
-        id: RaftGroupId,
-        members: Vec<NodeId>,
-    },
 }
 
 /// What a joining node asks for, without its secrets.

@@ -11,10 +11,11 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use tracing::{debug, info, warn};
 
 use super::command::{Command, Outcome, Rejection};
-use super::formation::Formation;
+use super::formation::{Formation, STORE_REPLICAS, STORES_PATIENCE_MS};
 use super::handle::ControlHandle;
 use super::join::Admission;
 use super::keys::random_secret;
@@ -25,8 +26,8 @@ use super::wire::{self, Proposal};
 use crate::Redacted;
 use crate::clock::now_ms;
 use crate::identity::Ca;
-use crate::ids::{CONTROL_GROUP, NodeId, Role};
-use crate::replication::{self, AddressBook, Replica, ReplicaConfig};
+use crate::ids::{CONTROL_GROUP, NodeId, RaftGroupId, Role};
+use crate::replication::{self, AddressBook, Replica, ReplicaConfig, ReplicaStatus};
 use crate::transport::Transport;
 
 /// The leader looks at heartbeats and groups this often; a quarter of a heartbeat's interval adds little delay.
@@ -35,6 +36,8 @@ const LEADER_TICK: Duration = Duration::from_millis(60);
 const TOKEN_SWEEP: Duration = Duration::from_secs(60);
 /// Most coordinators that vote: more make every commit slower without surviving more that happens.
 const MAX_VOTERS: usize = 7;
+/// A change of voters that failed is tried again after this time.
+const VOTERS_PAUSE: Duration = Duration::from_secs(1);
 
 /// How to run a coordinator.
 pub struct CoordinatorConfig {
@@ -74,6 +77,7 @@ impl Coordinator {
         let addresses: Arc<dyn AddressBook> = Arc::new(Addresses {
             fixed: config.bootstrap.clone().unwrap_or_default(),
             states: states.clone(),
+            control: control.clone(),
         });
         let voters = config
             .bootstrap
@@ -138,16 +142,27 @@ impl Coordinator {
     }
 }
 
-/// Where the coordinators are: the configured addresses first, since they hold before any state is known.
+/// Where the coordinators are: the configured addresses first, since they hold before any state is known. A coordinator
+/// that joins has no state of its own before the leader has reached it; until then it knows the others from watching them.
 struct Addresses {
     fixed: BTreeMap<NodeId, SocketAddr>,
     states: watch::Receiver<Arc<ControlState>>,
+    control: ControlHandle,
 }
 
 impl AddressBook for Addresses {
     fn addr(&self, node: NodeId) -> Option<SocketAddr> {
         let fixed = self.fixed.get(&node).copied();
-        fixed.or_else(|| self.states.borrow().nodes.get(&node).map(|n| n.addr))
+        fixed
+            .or_else(|| self.states.borrow().nodes.get(&node).map(|n| n.addr))
+            .or_else(|| self.control.addr(node))
+    }
+
+    fn is_peer(&self, group: RaftGroupId, node: NodeId) -> bool {
+        // Revoked nodes are refused before this is asked.
+        self.fixed.contains_key(&node)
+            || self.states.borrow().is_peer(group, node)
+            || self.control.is_peer(group, node)
     }
 }
 
@@ -161,15 +176,21 @@ struct Leader {
 }
 
 impl Leader {
+    /// Nothing here must end before a shutdown: what was proposed is decided again by the next leader.
     async fn run(self, stop: CancellationToken) {
+        stop.run_until_cancelled(self.lead()).await;
+    }
+
+    async fn lead(&self) {
         let mut tick = interval(LEADER_TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut sweep = interval(TOKEN_SWEEP);
         let mut formation: Option<Formation> = None;
         let mut revoked = BTreeSet::new();
+        let mut voter_change = None;
+        let mut told_waiting = false;
         loop {
             tokio::select! {
-                () = stop.cancelled() => return,
                 _ = tick.tick() => {}
                 () = self.beats.urgent.notified() => {}
                 _ = sweep.tick() => {
@@ -181,16 +202,17 @@ impl Leader {
             let state = self.states.borrow().clone();
             if state.revoked != revoked {
                 revoked = state.revoked.clone();
-                self.transport
-                    .set_revoked(revoked.iter().copied().collect());
+                self.transport.revoke(revoked.iter().copied());
             }
             if !self.replica.status().is_leader {
                 formation = None;
+                voter_change = None;
                 continue;
             }
             if formation.is_none() {
                 info!("leading control");
                 self.beats.reset();
+                told_waiting = false;
             }
             let formation = formation.get_or_insert_default();
             if state.cluster.id.is_empty() {
@@ -203,10 +225,18 @@ impl Leader {
                 liveness.retain(&state);
                 formation.decide(now_ms, &state, liveness, &mut random_secret)
             });
+            if formation.waits_for_stores(now_ms) && !told_waiting {
+                told_waiting = true;
+                warn!(
+                    patience_ms = STORES_PATIENCE_MS,
+                    "fewer than {STORE_REPLICAS} store nodes are up: the store's group waits for more, then begins \
+                     with those that there are"
+                );
+            }
             for command in commands {
                 self.propose(command).await;
             }
-            self.adjust_voters(&state).await;
+            self.adjust_voters(&state, &mut voter_change);
         }
     }
 
@@ -244,29 +274,50 @@ impl Leader {
         }
     }
 
-    /// Makes registered coordinators voters, and removed ones not.
-    async fn adjust_voters(&self, state: &ControlState) {
-        let status = self.replica.status();
-        let mut voters: BTreeSet<_> = status
-            .voters
-            .iter()
-            .copied()
-            .filter(|id| !state.revoked.contains(id))
-            .collect();
-        let joining = state
-            .nodes_with(Role::Coordinator)
-            .filter(|n| n.up && n.incarnation != 0)
-            .map(|n| n.id);
-        let room = MAX_VOTERS.saturating_sub(voters.len()).min(1);
-        voters.extend(joining.filter(|id| !status.voters.contains(id)).take(room));
-        if voters.is_empty() || voters == status.voters {
+    /// Makes registered coordinators voters, and removed ones not. A newcomer may take minutes to catch up, so the
+    /// change runs aside, one at a time; a newer wish replaces it.
+    fn adjust_voters(&self, state: &ControlState, change: &mut Option<VoterChange>) {
+        if change.as_ref().is_some_and(|c| c.task.is_finished()) {
+            *change = None;
+        }
+        let Some(voters) = wanted_voters(&self.replica.status(), state) else {
+            return;
+        };
+        if change.as_ref().is_some_and(|c| c.voters == voters) {
             return;
         }
         info!(?voters, "changing the control group's voters");
-        if let Err(error) = self.replica.change_members(voters, BTreeSet::new()).await {
-            warn!(%error, "cannot change the control group's voters yet");
-        }
+        let (replica, wanted) = (self.replica.clone(), voters.clone());
+        let task = tokio::spawn(async move {
+            if let Err(error) = replica.change_members(wanted, BTreeSet::new()).await {
+                warn!(%error, "cannot change the control group's voters yet");
+                tokio::time::sleep(VOTERS_PAUSE).await;
+            }
+        });
+        *change = Some(VoterChange {
+            voters,
+            task: AbortOnDropHandle::new(task),
+        });
     }
+}
+
+/// A change of the control group's voters under way; dropping it gives it up.
+struct VoterChange {
+    voters: BTreeSet<NodeId>,
+    task: AbortOnDropHandle<()>,
+}
+
+/// Who should vote in the control group; `None` when it is so already. One newcomer at a time.
+fn wanted_voters(status: &ReplicaStatus, state: &ControlState) -> Option<BTreeSet<NodeId>> {
+    let mut voters: BTreeSet<_> = status.voters.difference(&state.revoked).copied().collect();
+    let joining = state
+        .nodes_with(Role::Coordinator)
+        .filter(|n| n.up && n.incarnation != 0)
+        .map(|n| n.id);
+    let room = MAX_VOTERS.saturating_sub(voters.len()).min(1);
+    voters.extend(joining.filter(|id| !status.voters.contains(id)).take(room));
+    let settled = voters == status.voters && status.learners.is_disjoint(&state.revoked);
+    (!settled && !voters.is_empty()).then_some(voters)
 }
 
 /// What the leader decides by itself is worth a line each.
@@ -290,9 +341,18 @@ fn log(command: &Command) {
         } => {
             warn!(group = group.0, epoch = epoch.0, %reason, "group failed");
         }
+        Command::CreateStoreGroup(group) if group.members.len() < STORE_REPLICAS => warn!(
+            members = ?group.members,
+            "creating the store's group with fewer than {STORE_REPLICAS} copies: what these nodes lose is lost, and \
+             members are not added later. For {STORE_REPLICAS} copies start again with {STORE_REPLICAS} store nodes"
+        ),
         Command::CreateStoreGroup(group) => {
             info!(members = ?group.members, "creating the store's group")
         }
         _ => {}
     }
 }
+
+#[cfg(test)]
+#[path = "coordinator_tests.rs"]
+mod tests;

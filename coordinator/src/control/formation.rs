@@ -9,10 +9,13 @@ use crate::ids::{Device, Epoch, GroupId, NodeId, RaftGroupId, Rank, Role};
 
 /// A first forming waits so long for all wished workers, so that a start-up does not form twice.
 const WORKERS_PATIENCE_MS: u64 = 2_000;
-/// The store's first group waits so long for three members.
-const STORES_PATIENCE_MS: u64 = 10_000;
+/// The store's first group waits so long for three members: a group that is made too small stays so, and machines that are
+/// switched on together differ by that much.
+pub(super) const STORES_PATIENCE_MS: u64 = 60_000;
+/// A wait for store nodes is worth a warning after this time.
+const STORES_WARN_MS: u64 = 5_000;
 /// Copies of everything that the store keeps.
-const STORE_REPLICAS: usize = 3;
+pub(super) const STORE_REPLICAS: usize = 3;
 /// A group grows only after so long without a request, so that a client between two requests is not interrupted.
 const IDLE_BEFORE_GROWING_MS: u64 = 1_000;
 /// A forming that failed or broke with the same workers is repeated after this time, doubled each time up to the maximum.
@@ -29,6 +32,7 @@ pub struct Formation {
     /// Since when a group that could grow is idle.
     idle: BTreeMap<GroupId, u64>,
     attempts: BTreeMap<String, Attempt>,
+    /// Since when the store's first group waits for members.
     stores_since_ms: Option<u64>,
 }
 
@@ -94,6 +98,12 @@ impl Formation {
         self.idle
             .retain(|group, _| state.groups.contains_key(group));
         commands
+    }
+
+    /// Whether the store's first group waits for more members, for longer than a usual start takes.
+    pub fn waits_for_stores(&self, now_ms: u64) -> bool {
+        self.stores_since_ms
+            .is_some_and(|since| now_ms >= since + STORES_WARN_MS)
     }
 
     fn group(
@@ -247,6 +257,7 @@ impl Formation {
         liveness: &Liveness,
     ) -> Option<Command> {
         if !state.store_groups.is_empty() {
+            self.stores_since_ms = None;
             return None;
         }
         let members: Vec<_> = state
@@ -259,9 +270,13 @@ impl Formation {
             self.stores_since_ms = None;
             return None;
         }
-        let since = *self.stores_since_ms.get_or_insert(now_ms);
-        let enough = members.len() == STORE_REPLICAS || now_ms >= since + STORES_PATIENCE_MS;
-        enough.then_some(Command::CreateStoreGroup(StoreGroup {
+        if members.len() < STORE_REPLICAS {
+            let since = *self.stores_since_ms.get_or_insert(now_ms);
+            if now_ms < since + STORES_PATIENCE_MS {
+                return None;
+            }
+        }
+        Some(Command::CreateStoreGroup(StoreGroup {
             id: RaftGroupId(1),
             members,
         }))

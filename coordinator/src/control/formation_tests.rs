@@ -434,7 +434,12 @@ fn the_store_gets_three_members_or_after_a_while_those_that_there_are() {
 
     let mut alone = World::new(1);
     alone.start(1, Role::Store);
-    alone.pass(STORES_PATIENCE_MS + 2 * HEARTBEAT_INTERVAL_MS);
+    alone.pass(STEP_MS);
+    assert!(!alone.formation.waits_for_stores(alone.now_ms));
+    alone.pass(STORES_PATIENCE_MS / 2);
+    assert_eq!(alone.state.store_groups, []);
+    assert!(alone.formation.waits_for_stores(alone.now_ms));
+    alone.pass(STORES_PATIENCE_MS / 2 + 2 * HEARTBEAT_INTERVAL_MS);
     assert_eq!(alone.state.store_groups[0].members, [NodeId(1)]);
 }
 

@@ -19,7 +19,7 @@ use super::wire::{
     WatchRequest,
 };
 use super::{SERVICE_HEARTBEAT, SERVICE_PROPOSE, SERVICE_READ, SERVICE_STATUS, SERVICE_WATCH};
-use crate::ids::{NodeId, Role};
+use crate::ids::{NodeId, RaftGroupId, Role};
 use crate::replication::AddressBook;
 use crate::transport::{self, Transport};
 
@@ -29,6 +29,8 @@ pub const PATIENCE: Duration = Duration::from_secs(5);
 const ATTEMPT: Duration = Duration::from_millis(1_000);
 /// A heartbeat that takes longer than two intervals is late anyway.
 const HEARTBEAT_ATTEMPT: Duration = Duration::from_millis(500);
+/// Coordinators that one heartbeat asks for the leader: as many as vote at most.
+const BEAT_CANDIDATES: usize = 7;
 /// A watched coordinator says something every second; after this silence another one is asked.
 const WATCH_SILENCE: Duration = Duration::from_secs(3);
 /// A coordinator that did not answer is asked last for so long: an election and a restart are over by then.
@@ -229,11 +231,14 @@ impl ControlHandle {
         let Ok(request) = encode(heartbeat) else {
             return true;
         };
-        // The leader, or the next one that may know it; the next beat goes on from there.
-        for _ in 0..3 {
-            let Some(to) = self.inner.candidates().into_iter().next() else {
+        // The leader, or the next one that may know it, each once; the next beat goes on from there.
+        let mut asked = Vec::new();
+        while asked.len() < BEAT_CANDIDATES {
+            let mut candidates = self.inner.candidates().into_iter();
+            let Some(to) = candidates.find(|to| !asked.contains(to)) else {
                 return true;
             };
+            asked.push(to);
             let reply = self
                 .inner
                 .transport
@@ -250,10 +255,11 @@ impl ControlHandle {
                 Ok(Ok(HeartbeatReply::Unregistered)) => return false,
                 Ok(Ok(HeartbeatReply::NotLeader {
                     leader: Some(leader),
-                })) if leader != to => {
-                    self.inner.set_leader(Some(leader));
+                })) if leader != to => self.inner.set_leader(Some(leader)),
+                // It knows no better; the next one may.
+                Ok(Ok(HeartbeatReply::NotLeader { .. })) => {
+                    self.inner.whereabouts().does_not_lead(to)
                 }
-                Ok(Ok(HeartbeatReply::NotLeader { .. })) => return true,
                 Ok(Err(why)) => {
                     warn!(%why, "heartbeat");
                     return true;
@@ -321,6 +327,10 @@ impl AddressBook for ControlHandle {
     fn addr(&self, node: NodeId) -> Option<SocketAddr> {
         self.inner.state.borrow().nodes.get(&node).map(|n| n.addr)
     }
+
+    fn is_peer(&self, group: RaftGroupId, node: NodeId) -> bool {
+        self.inner.state.borrow().is_peer(group, node)
+    }
 }
 
 /// What asking has taught about the coordinators.
@@ -337,6 +347,12 @@ impl Whereabouts {
         self.silent
             .iter()
             .any(|(silent, since)| *silent == addr && since.elapsed() < SILENT_FOR)
+    }
+
+    fn does_not_lead(&mut self, addr: SocketAddr) {
+        if self.leader == Some(addr) {
+            self.leader = None;
+        }
     }
 }
 
@@ -393,14 +409,14 @@ impl Inner {
     /// Does not begin with `addr` the next time.
     fn forget(&self, addr: SocketAddr) {
         let mut whereabouts = self.whereabouts();
-        if whereabouts.leader == Some(addr) {
-            whereabouts.leader = None;
-        }
+        whereabouts.does_not_lead(addr);
         whereabouts.silent.retain(|(silent, _)| *silent != addr);
         whereabouts.silent.push((addr, Instant::now()));
     }
 
     fn publish(&self, state: Arc<ControlState>) {
+        // Before anybody acts on the state: whoever was removed from the cluster is spoken to no more by this node either.
+        self.transport.revoke(state.revoked.iter().copied());
         self.state.send_if_modified(|current| {
             let newer = state.revision > current.revision;
             if newer {
@@ -501,3 +517,7 @@ fn encode<T: serde::Serialize>(message: &T) -> Result<Bytes, Error> {
 fn decode<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
     wire::decode(bytes).map_err(|why| Error::Protocol { why })
 }
+
+#[cfg(test)]
+#[path = "handle_tests.rs"]
+mod tests;

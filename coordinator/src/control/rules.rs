@@ -8,12 +8,14 @@ use super::state::{
     ApiKey, Cluster, ControlState, Deployment, Group, GroupState, JoinTokenRecord, Node,
     RankAssignment, ShardReport, StoreGroup, Tenant,
 };
-use crate::ids::{Epoch, GroupId, NodeId, RaftGroupId, Rank, Role, TenantId};
+use crate::ids::{Device, Epoch, GroupId, NodeId, RaftGroupId, Rank, Role, TenantId};
 
 /// Longest name of a tenant, key, model or node, in bytes: they stand in labels, tables and logs.
 const MAX_NAME_BYTES: usize = 200;
 /// Longest path or failure reason kept in the state, in bytes; the state travels whole to every node.
 const MAX_TEXT_BYTES: usize = 4096;
+/// Devices of one node: two eight-GPU boards.
+const MAX_DEVICES: usize = 16;
 /// Bounds on what the state holds, so that it stays far below one transport frame.
 const MAX_NODES: usize = 1_000;
 const MAX_TENANTS: usize = 5_000;
@@ -79,7 +81,6 @@ impl ControlState {
                 reason,
             } => self.rank_failed(group, epoch, rank, reason),
             Command::CreateStoreGroup(group) => self.create_store_group(group),
-            Command::SetStoreMembers { id, members } => self.set_store_members(id, members),
         }
     }
 
@@ -95,6 +96,7 @@ impl ControlState {
 
     fn register_node(&mut self, mut node: Node) -> Result<Option<Outcome>, Rejection> {
         check_name(Subject::Node, &node.name)?;
+        check_equipment(&node.devices, &node.version)?;
         if self.revoked.contains(&node.id) {
             return Err(Rejection::Revoked { node: node.id });
         }
@@ -105,11 +107,29 @@ impl ControlState {
                 &format!("{:?}", node.id),
             ));
         }
-        if !self.nodes.contains_key(&node.id) && self.nodes.len() >= MAX_NODES {
-            return Err(Rejection::Limit {
-                what: Subject::Node,
-                limit: MAX_NODES,
-            });
+        match self.nodes.get(&node.id) {
+            // A coordinator holds the CA's key, so its roles are its own to choose; others keep to those that they were
+            // admitted with.
+            Some(admitted)
+                if !admitted.roles.contains(&Role::Coordinator)
+                    && !node.roles.is_subset(&admitted.roles) =>
+            {
+                return Err(invalid(
+                    "roles",
+                    &format!(
+                        "some of those that the node was admitted with: {}",
+                        list(&admitted.roles)
+                    ),
+                    &list(&node.roles),
+                ));
+            }
+            None if self.nodes.len() >= MAX_NODES => {
+                return Err(Rejection::Limit {
+                    what: Subject::Node,
+                    limit: MAX_NODES,
+                });
+            }
+            _ => {}
         }
         node.up = true;
         self.last_node = self.last_node.max(node.id.0);
@@ -119,6 +139,7 @@ impl ControlState {
 
     fn admit_node(&mut self, request: AdmitRequest) -> Result<Option<Outcome>, Rejection> {
         check_name(Subject::Node, &request.name)?;
+        check_equipment(&request.devices, &request.version)?;
         let token = self
             .join_tokens
             .get(&request.secret_sha256)
@@ -127,15 +148,9 @@ impl ControlState {
             return Err(Rejection::TokenExpired);
         }
         if let Some(role) = request.roles.iter().find(|r| !token.roles.contains(r)) {
-            let allowed = token
-                .roles
-                .iter()
-                .map(Role::to_string)
-                .collect::<Vec<_>>()
-                .join(", ");
             return Err(Rejection::RoleNotAllowed {
                 role: *role,
-                allowed,
+                allowed: list(&token.roles),
             });
         }
         if request.roles.is_empty() {
@@ -225,7 +240,7 @@ impl ControlState {
     ) -> Result<Option<Outcome>, Rejection> {
         check_name(Subject::Tenant, &name)?;
         if self.tenants.contains_key(&id) {
-            return Err(exists(Subject::Tenant, &id.to_string()));
+            return Err(exists(Subject::Tenant, id.as_str()));
         }
         if self.tenants.len() >= MAX_TENANTS {
             return Err(Rejection::Limit {
@@ -460,19 +475,6 @@ impl ControlState {
         Ok(None)
     }
 
-    fn set_store_members(
-        &mut self,
-        id: RaftGroupId,
-        members: Vec<NodeId>,
-    ) -> Result<Option<Outcome>, Rejection> {
-        self.check_store_members(&members)?;
-        let group = self.store_groups.iter_mut().find(|g| g.id == id);
-        group
-            .ok_or_else(|| unknown(Subject::StoreGroup, id.0))?
-            .members = members;
-        Ok(None)
-    }
-
     fn check_store_members(&self, members: &[NodeId]) -> Result<(), Rejection> {
         let distinct: BTreeSet<_> = members.iter().collect();
         if members.is_empty() || distinct.len() != members.len() {
@@ -527,6 +529,36 @@ fn check_name(what: Subject, name: &str) -> Result<(), Rejection> {
         ));
     }
     Ok(())
+}
+
+/// Devices and version of a node; its name is checked apart.
+fn check_equipment(devices: &[Device], version: &str) -> Result<(), Rejection> {
+    if devices.len() > MAX_DEVICES {
+        return Err(invalid(
+            "devices of the node",
+            &format!("at most {MAX_DEVICES}"),
+            &devices.len().to_string(),
+        ));
+    }
+    for (what, text) in devices
+        .iter()
+        .map(|d| ("name of a device", &*d.name))
+        .chain([("version", version)])
+    {
+        if text.len() > MAX_NAME_BYTES || text.chars().any(char::is_control) {
+            return Err(invalid(
+                what,
+                "at most 200 bytes without control characters",
+                &format!("{} bytes", text.len()),
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn list(roles: &BTreeSet<Role>) -> String {
+    let names: Vec<_> = roles.iter().map(Role::to_string).collect();
+    names.join(", ")
 }
 
 /// Cuts at the last character boundary at or before `max` bytes.

@@ -305,8 +305,44 @@ fn every_rejection_says_why_and_changes_nothing() {
 }
 
 #[test]
+fn a_node_keeps_to_its_roles_but_a_coordinator_chooses_its_own() {
+    let mut state = after(&[
+        register(1, &[Role::Worker, Role::Gateway]),
+        register(2, &[Role::Coordinator]),
+    ]);
+    let fewer = state.apply(register(1, &[Role::Worker]));
+    assert!(fewer.is_ok(), "{fewer:?}");
+    let more = state.apply(register(1, &[Role::Worker, Role::Store]));
+    assert!(
+        matches!(&more, Err(Rejection::Invalid { got, .. }) if got == "store, worker"),
+        "{more:?}"
+    );
+    let more = state.apply(register(2, &[Role::Coordinator, Role::Store]));
+    assert!(more.is_ok(), "{more:?}");
+}
+
+#[test]
 fn ids_ranks_and_names_that_make_no_sense_are_invalid() {
+    let with_devices = |devices: Vec<Device>, version: usize| {
+        let mut node = node(1, &[Role::Worker]);
+        (node.devices, node.version) = (devices, "x".repeat(version));
+        Command::RegisterNode(node)
+    };
+    let named = |bytes: usize| Device {
+        name: "x".repeat(bytes),
+        ..device()
+    };
+    let most = with_devices(vec![named(200); 16], 200);
+    assert!(after(&workers()).apply(most).is_ok());
+    let Command::AdmitNode(mut greedy) = admit(5, &[Role::Worker]) else {
+        panic!("an admission");
+    };
+    greedy.devices = vec![device(); 17];
     let cases = vec![
+        with_devices(vec![device(); 17], 1),
+        with_devices(vec![named(201)], 1),
+        with_devices(Vec::new(), 201),
+        Command::AdmitNode(greedy),
         register(0, &[Role::Worker]),
         register(OPERATOR.0, &[Role::Worker]),
         register(1, &[]),

@@ -28,6 +28,9 @@ use crate::transport::{ErrorCode, Handler, RemoteError, Reply, Transport};
 /// A watcher hears something this often, or takes the coordinator for dead.
 const ALIVE_INTERVAL: Duration = Duration::from_secs(1);
 
+/// A reply frame, or why the request makes no sense.
+type Answer = BoxFuture<'static, Result<Vec<u8>, String>>;
+
 /// What the services share.
 #[derive(Clone)]
 pub struct Services {
@@ -101,10 +104,7 @@ impl Services {
     }
 
     /// A service with one reply frame a request.
-    fn handler(
-        &self,
-        answer: fn(Services, NodeId, Bytes) -> BoxFuture<'static, Result<Vec<u8>, String>>,
-    ) -> Arc<dyn Handler> {
+    fn handler(&self, answer: fn(Services, NodeId, Bytes) -> Answer) -> Arc<dyn Handler> {
         let services = self.clone();
         Arc::new(
             move |from: NodeId, request: Bytes, mut reply: Reply| -> BoxFuture<'static, ()> {
@@ -133,20 +133,53 @@ impl Services {
 
     async fn propose(self, from: NodeId, request: Bytes) -> Result<Vec<u8>, String> {
         let proposal: Proposal = wire::decode(&request)?;
-        let denied = permitted(from, &proposal.command, &self.states.borrow()).err();
-        let reply = match denied {
-            Some(why) => ProposeReply::Denied { why },
-            None => match self.replica.propose(request.into()).await {
-                Ok(bytes) => ProposeReply::Applied(wire::decode(&bytes)?),
-                Err(replication::Error::NotLeader { leader }) => ProposeReply::NotLeader {
-                    leader: leader.and_then(|id| self.addresses.addr(id)),
-                },
-                Err(error) => ProposeReply::Unavailable {
-                    why: error.to_string(),
-                },
-            },
+        // A denial is final for the caller, so only the leader may speak it: others may not know the caller yet.
+        if !self.replica.status().is_leader {
+            return wire::encode(&ProposeReply::NotLeader {
+                leader: self.leader_addr(),
+            });
+        }
+        let permission = permitted(from, &proposal.command, &self.states.borrow());
+        let permission = match permission {
+            Ok(()) => Ok(Ok(())),
+            Err(_) => self.permitted_now(from, &proposal.command).await,
+        };
+        let reply = match permission {
+            Ok(Ok(())) => self.commit(request).await?,
+            Ok(Err(why)) => ProposeReply::Denied { why },
+            Err(error) => self.not_proposed(&error),
         };
         wire::encode(&reply)
+    }
+
+    /// As [`permitted`], by a state that shows everything that was acknowledged: a new leader's own may lag behind.
+    async fn permitted_now(
+        &self,
+        from: NodeId,
+        command: &Command,
+    ) -> Result<Result<(), String>, replication::Error> {
+        let view = self.replica.read_index().await?;
+        let state =
+            ControlMachine::read(&view).map_err(|why| replication::Error::Storage { why })?;
+        Ok(permitted(from, command, &state))
+    }
+
+    async fn commit(&self, proposal: Bytes) -> Result<ProposeReply, String> {
+        Ok(match self.replica.propose(proposal.into()).await {
+            Ok(bytes) => ProposeReply::Applied(wire::decode(&bytes)?),
+            Err(error) => self.not_proposed(&error),
+        })
+    }
+
+    fn not_proposed(&self, error: &replication::Error) -> ProposeReply {
+        match error {
+            replication::Error::NotLeader { leader } => ProposeReply::NotLeader {
+                leader: leader.and_then(|id| self.addresses.addr(id)),
+            },
+            error => ProposeReply::Unavailable {
+                why: error.to_string(),
+            },
+        }
     }
 
     async fn read(self, from: NodeId) -> Result<Vec<u8>, String> {
@@ -178,14 +211,18 @@ impl Services {
     }
 
     async fn heartbeat(self, from: NodeId, request: Bytes) -> Result<Vec<u8>, String> {
-        let heartbeat: Heartbeat = wire::decode(&request)?;
+        let mut heartbeat: Heartbeat = wire::decode(&request)?;
         if heartbeat.node != from {
             return Err(format!(
                 "node {from} sent a heartbeat of node {}",
                 heartbeat.node
             ));
         }
-        let registered = self.states.borrow().nodes.get(&from).map(|n| n.incarnation);
+        let registered = {
+            let state = self.states.borrow();
+            only_own_ranks(&mut heartbeat, &state);
+            state.nodes.get(&from).map(|n| n.incarnation)
+        };
         let reply = if !self.replica.status().is_leader {
             HeartbeatReply::NotLeader {
                 leader: self.leader_addr(),
@@ -249,6 +286,19 @@ impl Services {
     }
 }
 
+/// A node speaks only of ranks that it hosts, so that nobody else can have a group formed again.
+fn only_own_ranks(heartbeat: &mut Heartbeat, state: &ControlState) {
+    let node = heartbeat.node;
+    heartbeat.groups.retain(|health| {
+        state
+            .groups
+            .get(&health.group)
+            .filter(|group| group.epoch == health.epoch)
+            .and_then(|group| group.rank_on(node))
+            .is_some_and(|hosted| hosted.rank == health.rank)
+    });
+}
+
 /// Whether `from` still belongs to the cluster.
 fn known(from: NodeId, state: &ControlState) -> Result<(), String> {
     if state.revoked.contains(&from) {
@@ -308,3 +358,7 @@ fn may_register(from: NodeId, node: &super::Node, state: &ControlState) -> bool 
         .get(&from)
         .is_none_or(|admitted| node.roles.is_subset(&admitted.roles))
 }
+
+#[cfg(test)]
+#[path = "service_tests.rs"]
+mod tests;

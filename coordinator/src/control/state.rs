@@ -6,7 +6,9 @@ use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::ids::{Device, Epoch, GroupId, NodeId, RaftGroupId, Rank, Role, TenantId};
+use crate::ids::{
+    CONTROL_GROUP, Device, Epoch, GroupId, NodeId, RaftGroupId, Rank, Role, TenantId,
+};
 
 /// Everything that the cluster agrees on. Small (tens of kilobytes): it travels whole to every node on each change.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -208,6 +210,20 @@ impl ControlState {
     pub fn store_group_of(&self, tenant: &TenantId) -> Option<&StoreGroup> {
         let id = self.tenants.get(tenant)?.store_group;
         self.store_groups.iter().find(|g| g.id == id)
+    }
+
+    /// Whether `node` may speak as a member of Raft group `group`: coordinators in the control group, a store group's
+    /// members in that one. A removed node is no node any more.
+    pub fn is_peer(&self, group: RaftGroupId, node: NodeId) -> bool {
+        let Some(known) = self.nodes.get(&node) else {
+            return false;
+        };
+        if group == CONTROL_GROUP {
+            return known.roles.contains(&Role::Coordinator);
+        }
+        self.store_groups
+            .iter()
+            .any(|g| g.id == group && g.members.contains(&node))
     }
 
     /// Nodes that have `role`, in id order.
