@@ -81,6 +81,23 @@ struct Shared {
     broken: Mutex<Option<String>>,
 }
 
+/// Counts a generation as active for as long as it is held, wherever it ends.
+#[derive(Debug)]
+struct Ticket(Arc<Shared>);
+
+impl Ticket {
+    fn new(shared: &Arc<Shared>) -> Self {
+        shared.active.fetch_add(1, Ordering::Relaxed);
+        Self(shared.clone())
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.0.active.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 impl Shared {
     fn broken(&self) -> Option<String> {
         self.broken
@@ -191,12 +208,12 @@ impl Engine {
         prepared: Prepared,
     ) -> Result<UnboundedReceiver<Result<Event, InferError>>, InferError> {
         let (events, receiver) = unbounded_channel();
-        self.shared.active.fetch_add(1, Ordering::Relaxed);
-        let sent = self.inbox.try_send(run::Submission { prepared, events });
-        if sent.is_err() {
-            self.shared.active.fetch_sub(1, Ordering::Relaxed);
-        }
-        match sent {
+        let submission = run::Submission {
+            prepared,
+            events,
+            ticket: Ticket::new(&self.shared),
+        };
+        match self.inbox.try_send(submission) {
             Ok(()) => Ok(receiver),
             Err(TrySendError::Full(_)) => Err(InferError::Overloaded {
                 retry_after_s: RETRY_AFTER_S,

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::Duration;
 
@@ -10,7 +9,7 @@ use coordinator::Redacted;
 use coordinator::clock::monotonic;
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::{EngineConfig, METRICS, Prepared, RETRY_AFTER_S, Shared, Stepper};
+use super::{EngineConfig, METRICS, Prepared, RETRY_AFTER_S, Shared, Stepper, Ticket};
 use crate::client::{Event, FinishReason, InferError};
 use crate::model::{self, Candidates};
 use crate::sampling::Sampler;
@@ -24,6 +23,7 @@ const IDLE: Duration = Duration::from_millis(500);
 pub(super) struct Submission {
     pub prepared: Prepared,
     pub events: UnboundedSender<Result<Event, InferError>>,
+    pub ticket: Ticket,
 }
 
 /// A generation under way.
@@ -36,6 +36,7 @@ struct Generation {
     completion_tokens: u32,
     /// Tokens after which the answer ends.
     max_tokens: u32,
+    _ticket: Ticket,
 }
 
 struct EngineLoop<S> {
@@ -76,7 +77,6 @@ pub(super) fn run<S: Stepper>(
     }
     // What was queued while the thread ended must not be left without an answer.
     while let Ok(submission) = submissions.try_recv() {
-        engine.shared.active.fetch_sub(1, Ordering::Relaxed);
         let _ = submission
             .events
             .send(Err(InferError::Interrupted { why: why.clone() }));
@@ -117,18 +117,22 @@ impl<S: Stepper> EngineLoop<S> {
                 }
             }
             self.drop_cancelled();
-            let Some(planned) = self.scheduler.plan() else {
-                continue;
-            };
-            if let Err(why) = self.step(planned) {
+            if let Some(planned) = self.scheduler.plan()
+                && let Err(why) = self.step(planned)
+            {
                 return why;
             }
+            // Also when there was nothing to compute: the last generation may have gone away.
             self.tell_metrics();
         }
     }
 
     fn admit(&mut self, submission: Submission) {
-        let Submission { prepared, events } = submission;
+        let Submission {
+            prepared,
+            events,
+            ticket,
+        } = submission;
         let id = SequenceId(self.next_id);
         self.next_id += 1;
         let prompt_tokens = prepared.tokens.len();
@@ -145,6 +149,7 @@ impl<S: Stepper> EngineLoop<S> {
                 .unwrap_or(u32::MAX)
                 .min(capacity.saturating_sub(prompt_tokens) as u32),
             events,
+            _ticket: ticket,
         };
         match self.scheduler.submit(id, prepared.tenant, prepared.tokens) {
             Ok(()) => {
@@ -231,9 +236,12 @@ impl<S: Stepper> EngineLoop<S> {
             // Nothing was computed and the ranks are in step: only the sequences of this step are lost.
             Err(error @ (model::Error::Step { .. } | model::Error::NotFinite)) => {
                 tracing::error!(%error, rows = planned.batch.tokens.len(), "a step failed");
-                self.fail_all(&InferError::Internal {
-                    why: error.to_string(),
-                });
+                let why = error.to_string();
+                for id in planned.owners {
+                    if let Some(generation) = self.take(id) {
+                        self.fail(generation, InferError::Internal { why: why.clone() });
+                    }
+                }
                 Ok(())
             }
             Err(error) => Err(error.to_string()),
@@ -260,6 +268,7 @@ impl<S: Stepper> EngineLoop<S> {
         };
         let Some(token) = token else {
             let why = model::Error::NotFinite.to_string();
+            tracing::error!(%why, position, "a sequence failed");
             if let Some(generation) = self.take(id) {
                 self.fail(generation, InferError::Internal { why });
             }
@@ -341,17 +350,7 @@ impl<S: Stepper> EngineLoop<S> {
         self.ended(code, generation.completion_tokens);
     }
 
-    fn fail_all(&mut self, error: &InferError) {
-        let ids: Vec<SequenceId> = self.generations.keys().copied().collect();
-        for id in ids {
-            if let Some(generation) = self.take(id) {
-                self.fail(generation, error.clone());
-            }
-        }
-    }
-
     fn ended(&self, code: &str, completion_tokens: u32) {
-        self.shared.active.fetch_sub(1, Ordering::Relaxed);
         if let Some(metrics) = METRICS.as_ref() {
             metrics
                 .requests

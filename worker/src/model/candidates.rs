@@ -37,7 +37,8 @@ pub fn parts(logits: &[f32], rows: usize, vocab: Range<usize>, full: bool) -> Ve
     logits.chunks_exact(vocab.len()).map(part).collect()
 }
 
-/// The leader's view of each row from the parts of all ranks, in rank order.
+/// The leader's view of each row from the parts of all ranks, in rank order. A row with a value that is not finite gives no candidate,
+/// so that only its own sequence fails.
 pub fn merge(mut ranks: Vec<Vec<Part>>, rows: usize) -> Result<Vec<Candidates>, Error> {
     if let Some(wrong) = ranks.iter().find(|parts| parts.len() != rows) {
         return Err(Error::Step {
@@ -46,7 +47,7 @@ pub fn merge(mut ranks: Vec<Vec<Part>>, rows: usize) -> Result<Vec<Candidates>, 
             got: wrong.len().to_string(),
         });
     }
-    (0..rows)
+    let merged = (0..rows)
         .map(|row| {
             let largest = ranks
                 .iter()
@@ -57,7 +58,11 @@ pub fn merge(mut ranks: Vec<Vec<Part>>, rows: usize) -> Result<Vec<Candidates>, 
                 .map(|p| p[row].exp_sum * f64::from(p[row].largest - largest).exp())
                 .sum();
             if !largest.is_finite() || !sum.is_finite() {
-                return Err(Error::NotFinite);
+                return Candidates {
+                    top: Vec::new(),
+                    log_sum_exp: f32::NAN,
+                    full: None,
+                };
             }
             let mut top: Vec<(u32, f32)> = ranks
                 .iter()
@@ -68,13 +73,14 @@ pub fn merge(mut ranks: Vec<Vec<Part>>, rows: usize) -> Result<Vec<Candidates>, 
             let full: Option<Vec<Vec<f32>>> =
                 ranks.iter_mut().map(|p| p[row].full.take()).collect();
             let log_sum_exp = (f64::from(largest) + sum.ln()) as f32;
-            Ok(Candidates {
+            Candidates {
                 top,
                 log_sum_exp,
                 full: full.map(|parts| parts.concat()),
-            })
+            }
         })
-        .collect()
+        .collect();
+    Ok(merged)
 }
 
 /// Σ exp(x − largest), NaN if any x is. Written so that it vectorises: libm's exp would take a tenth of a small model's step.
@@ -155,11 +161,28 @@ mod tests {
     }
 
     #[test]
-    fn a_row_of_nan_is_an_error() {
-        let logits = [f32::NAN; 8];
-        assert!(matches!(
-            merge(vec![parts(&logits, 1, 0..8, false)], 1),
-            Err(Error::NotFinite)
-        ));
+    fn a_row_that_is_not_finite_has_no_candidate_and_leaves_the_others_alone() {
+        let good = [0.5, 2.0, -1.0, 0.0, 1.0, 1.0, 1.0, 1.0];
+        let alone = merge(vec![parts(&good, 1, 0..8, true)], 1).unwrap();
+        for bad in [f32::NAN, f32::INFINITY] {
+            for at in 0..8 {
+                let mut logits = [good, good, good].concat();
+                logits[8 + at] = bad;
+                let halves = [0..4, 4..8].map(|half| {
+                    let own: Vec<f32> = logits
+                        .chunks(8)
+                        .flat_map(|row| row[half.clone()].to_vec())
+                        .collect();
+                    parts(&own, 3, half, true)
+                });
+                let merged = merge(halves.into(), 3).unwrap();
+                assert!(merged[1].top.is_empty() && merged[1].full.is_none());
+                assert!(merged[1].log_sum_exp.is_nan());
+                for row in [0, 2] {
+                    assert_eq!(merged[row].top, alone[0].top);
+                    assert_eq!(merged[row].full, alone[0].full);
+                }
+            }
+        }
     }
 }

@@ -48,9 +48,10 @@ pub struct Span {
 /// What the sampler gets for one row.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Candidates {
-    /// The [`CANDIDATES`] largest logits with their token ids, largest first, equal ones by id.
+    /// The [`CANDIDATES`] largest logits with their token ids, largest first, equal ones by id. Empty, and `full` absent, where the row
+    /// holds a value that is not finite.
     pub top: Vec<(u32, f32)>,
-    /// Over the whole vocabulary.
+    /// Over the whole vocabulary; NaN where the row is not finite.
     pub log_sum_exp: f32,
     /// All logits, if asked for.
     pub full: Option<Vec<f32>>,

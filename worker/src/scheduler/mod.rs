@@ -48,6 +48,8 @@ pub struct Planned {
     pub batch: StepBatch,
     /// For each of the batch's `logits_rows`: whose next token it gives.
     pub samples: Vec<SequenceId>,
+    /// For each of the batch's `spans`: whose rows these are.
+    pub owners: Vec<SequenceId>,
 }
 
 #[derive(Debug)]
@@ -161,6 +163,7 @@ impl Scheduler {
         let mut planned = Planned {
             batch: StepBatch::default(),
             samples: Vec::new(),
+            owners: Vec::new(),
         };
         self.find_blocks_for_decode();
         let decoding: Vec<SequenceId> = self
@@ -283,6 +286,7 @@ impl Scheduler {
             context: from,
             blocks,
         });
+        planned.owners.push(id);
         sequence.computed = to;
         if to == sequence.tokens.len() {
             batch.logits_rows.push(batch.tokens.len() as u32 - 1);
