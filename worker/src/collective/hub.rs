@@ -1,14 +1,14 @@
 //! The data port of a process: accepts connections of ranks of any group and hands each to the group that waits for it.
 
 use std::collections::HashMap;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::Error;
 use super::frame::Conversation;
+use super::{Error, Interrupter};
 
 /// Connections that may wait for their group; a group has at most as many ranks as KV heads.
 const MAX_WAITING: usize = 256;
@@ -16,8 +16,13 @@ const MAX_WAITING: usize = 256;
 const MAX_GREETING: usize = 64;
 /// How long a connection waits for its group before it is dropped.
 const WAIT: Duration = Duration::from_secs(60);
+/// Between attempts to accept after one failed.
+const ACCEPT_RETRY: Duration = Duration::from_millis(20);
 /// How long a greeting may take.
 pub(super) const GREETING: Duration = Duration::from_secs(3);
+
+/// Longest uninterruptible wait.
+const SLICE: Duration = Duration::from_millis(50);
 
 const MAGIC: [u8; 8] = *b"VBHELLO1";
 /// Magic, group, epoch, dialler, acceptor, nonce.
@@ -45,6 +50,26 @@ struct State {
     /// Newest epoch this process has joined, by group.
     epochs: HashMap<u64, u64>,
     waiting: Vec<Arrival>,
+}
+
+/// Why a call to another rank's data port got no answer.
+pub(super) enum CallError {
+    /// Not there yet, or gone again; another attempt may succeed.
+    Io(std::io::Error),
+    /// This rank was told to leave.
+    Interrupted(Error),
+}
+
+impl From<std::io::Error> for CallError {
+    fn from(error: std::io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+impl From<Error> for CallError {
+    fn from(error: Error) -> Self {
+        Self::Interrupted(error)
+    }
 }
 
 /// A connection that said hello.
@@ -116,19 +141,30 @@ impl Hub {
         Ok(())
     }
 
-    /// The connection of `about`, as soon as it is there; `None` after `timeout`.
-    pub(super) fn wait_for(&self, about: Conversation, timeout: Duration) -> Option<Arrival> {
-        let deadline = Instant::now() + timeout;
+    /// The connection of `about`, as soon as it is there; `None` after `deadline`.
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`].
+    pub(super) fn wait_for(
+        &self,
+        about: Conversation,
+        deadline: Instant,
+        interrupter: &Interrupter,
+    ) -> Result<Option<Arrival>, Error> {
         let mut state = self.shared.lock();
         loop {
+            interrupter.check()?;
             if let Some(at) = state.waiting.iter().position(|a| a.about == about) {
-                return Some(state.waiting.swap_remove(at));
+                return Ok(Some(state.waiting.swap_remove(at)));
             }
-            let left = deadline.checked_duration_since(Instant::now())?;
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(None);
+            }
             state = self
                 .shared
                 .arrived
-                .wait_timeout(state, left)
+                .wait_timeout(state, left.min(SLICE))
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
         }
@@ -142,10 +178,20 @@ impl Shared {
 }
 
 fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
-    while let Ok((stream, _)) = listener.accept() {
+    loop {
+        let accepted = listener.accept();
         if shared.closed.load(Ordering::Acquire) {
             return;
         }
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            // One caller that gave up, or no descriptors for the moment; the port must outlive both.
+            Err(error) => {
+                tracing::warn!(%error, "the data port could not accept a connection");
+                std::thread::sleep(ACCEPT_RETRY);
+                continue;
+            }
+        };
         if shared.greeting.fetch_add(1, Ordering::AcqRel) >= MAX_GREETING {
             shared.greeting.fetch_sub(1, Ordering::AcqRel);
             continue;
@@ -244,10 +290,28 @@ pub(super) fn welcome(answer: Welcome, nonce: &[u8; 32]) -> [u8; WELCOME_BYTES] 
     out
 }
 
-/// Reads the answer to a hello, with the acceptor's nonce.
-pub(super) fn read_welcome(stream: &mut TcpStream) -> std::io::Result<(Welcome, [u8; 32])> {
+/// Reads the answer to a hello, with the acceptor's nonce. It comes when the acceptor has got so far, by `deadline` at the latest.
+pub(super) fn read_welcome(
+    stream: &mut TcpStream,
+    deadline: Instant,
+    interrupter: &Interrupter,
+) -> Result<(Welcome, [u8; 32]), CallError> {
     let mut bytes = [0; WELCOME_BYTES];
-    stream.read_exact(&mut bytes)?;
+    let mut filled = 0;
+    stream.set_read_timeout(Some(SLICE))?;
+    while filled < WELCOME_BYTES {
+        interrupter.check()?;
+        if Instant::now() >= deadline {
+            return Err(std::io::Error::from(ErrorKind::TimedOut).into());
+        }
+        match stream.read(&mut bytes[filled..]) {
+            Ok(0) => return Err(std::io::Error::from(ErrorKind::UnexpectedEof).into()),
+            Ok(read) => filled += read,
+            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
     let mut nonce = [0; 32];
     nonce.copy_from_slice(&bytes[9..]);
     let newest = bytes[1..9]
@@ -262,4 +326,44 @@ pub(super) fn read_welcome(stream: &mut TcpStream) -> std::io::Result<(Welcome, 
         },
         nonce,
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failed_accepts_do_not_end_the_data_port() {
+        // Without anybody calling, every accept on such a listener fails.
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let addr = listener.local_addr().unwrap();
+        let shared = Arc::new(Shared {
+            addr,
+            state: Mutex::default(),
+            arrived: Condvar::new(),
+            closed: AtomicBool::new(false),
+            greeting: AtomicUsize::new(0),
+        });
+        let accepting = shared.clone();
+        let thread = std::thread::spawn(move || accept(&listener, &accepting));
+        let hub = Hub {
+            _stop: Arc::new(Stop(shared.clone())),
+            shared,
+        };
+        std::thread::sleep(3 * ACCEPT_RETRY);
+        let about = Conversation {
+            group: 1,
+            epoch: 1,
+            dialler: 1,
+            acceptor: 0,
+        };
+        let mut stream = TcpStream::connect(addr).unwrap();
+        stream.write_all(&hello(about, &[7; 32])).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let arrived = hub.wait_for(about, deadline, &Interrupter::default());
+        assert_eq!(arrived.unwrap().map(|a| a.nonce), Some([7; 32]));
+        drop(hub);
+        thread.join().unwrap();
+    }
 }

@@ -8,6 +8,13 @@ pub struct Local {
     interrupter: Interrupter,
 }
 
+impl Local {
+    /// A group of one whose calls `interrupter` ends.
+    pub fn with(interrupter: Interrupter) -> Self {
+        Self { interrupter }
+    }
+}
+
 impl Collective for Local {
     fn rank(&self) -> usize {
         0

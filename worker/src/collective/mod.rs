@@ -77,7 +77,7 @@ pub struct Interrupter {
 }
 
 impl Interrupter {
-    /// Every waiting and later call of the group returns [`Error::Interrupted`], within 20 ms.
+    /// Every waiting and later call of the group returns [`Error::Interrupted`], within 50 ms.
     pub fn interrupt(&self) {
         self.told.store(true, Ordering::Release);
     }

@@ -8,7 +8,7 @@ use bytemuck::cast_slice;
 use rand::RngCore;
 
 use super::frame::{self, Conversation, Opener, Sealer};
-use super::hub::{self, GREETING, Welcome};
+use super::hub::{self, CallError, GREETING, Welcome};
 use super::mesh::{Link, Mesh, STEP_TIMEOUT};
 use super::{Collective, Error, Hub, Interrupter};
 
@@ -17,6 +17,8 @@ use super::{Collective, Error, Hub, Interrupter};
 const ONE_HOP_BYTES: usize = 64 << 10;
 /// Numbers added up at once; bounds buffers.
 const PIECE_LEN: usize = 128 << 10;
+/// Longest attempt to connect, which cannot be interrupted: far above a round trip inside a region.
+const CONNECT: Duration = Duration::from_millis(500);
 /// Between attempts to reach a rank that is not there yet.
 const RETRY: Duration = Duration::from_millis(20);
 
@@ -43,17 +45,35 @@ pub struct Tcp {
 impl Tcp {
     /// Connects to all other ranks: dials the lower ones, waits at `hub` for the higher ones. Blocks up to `timeout`.
     pub fn join(hub: &Hub, group: GroupConfig, timeout: Duration) -> Result<Tcp, Error> {
-        let deadline = Instant::now() + timeout;
+        Self::join_with(hub, group, timeout, Interrupter::default())
+    }
+
+    /// [`Tcp::join`] with an interrupter made before, which ends the joining as well.
+    ///
+    /// # Errors
+    /// See [`Error`]; [`Error::Interrupted`] when told so.
+    pub fn join_with(
+        hub: &Hub,
+        group: GroupConfig,
+        timeout: Duration,
+        interrupter: Interrupter,
+    ) -> Result<Tcp, Error> {
+        let patience = Patience {
+            deadline: Instant::now() + timeout,
+            timeout,
+            interrupter,
+        };
         hub.enter(group.group, group.epoch, group.rank)?;
         let mut links = Vec::new();
         for rank in 0..group.peers.len() {
             links.push(match rank.cmp(&group.rank) {
-                std::cmp::Ordering::Less => Some(dial(&group, rank, deadline, timeout)?),
+                std::cmp::Ordering::Less => Some(dial(&group, rank, &patience)?),
                 std::cmp::Ordering::Equal => None,
-                std::cmp::Ordering::Greater => Some(accept(hub, &group, rank, deadline, timeout)?),
+                std::cmp::Ordering::Greater => Some(accept(hub, &group, rank, &patience)?),
             });
         }
-        let mesh = Mesh::new(group.rank, links, GREETING)?;
+        let mut mesh = Mesh::new(group.rank, links, GREETING)?;
+        mesh.interrupter = patience.interrupter;
         Ok(Tcp { mesh, group })
     }
 
@@ -188,13 +208,30 @@ fn numbers(rank: usize, bytes: &[u8], len: usize) -> Result<impl Iterator<Item =
         .map(|b| f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]])))
 }
 
-/// Dials a lower rank until it answers.
-fn dial(
-    group: &GroupConfig,
-    rank: usize,
+/// How long a rank waits for the others while it joins.
+struct Patience {
     deadline: Instant,
     timeout: Duration,
-) -> Result<Link, Error> {
+    interrupter: Interrupter,
+}
+
+impl Patience {
+    /// Time left, or why there is none.
+    fn left(&self, rank: usize) -> Result<Duration, Error> {
+        self.interrupter.check()?;
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(Error::NotJoined {
+                rank,
+                waited_ms: self.timeout.as_millis() as u64,
+            });
+        }
+        Ok(left)
+    }
+}
+
+/// Dials a lower rank until it answers.
+fn dial(group: &GroupConfig, rank: usize, patience: &Patience) -> Result<Link, Error> {
     let about = Conversation {
         group: group.group,
         epoch: group.epoch,
@@ -202,14 +239,8 @@ fn dial(
         acceptor: rank as u32,
     };
     loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(Error::NotJoined {
-                rank,
-                waited_ms: timeout.as_millis() as u64,
-            });
-        }
-        match call(group.peers[rank], about, left) {
+        let left = patience.left(rank)?;
+        match call(group.peers[rank], about, patience) {
             Ok((Welcome::Come, stream, own, theirs)) => {
                 let (out, back) = frame::keys(&group.key, about, (&own, &theirs));
                 return Link::new(
@@ -226,31 +257,29 @@ fn dial(
                     got: newest,
                 });
             }
+            Err(CallError::Interrupted(error)) => return Err(error),
             // Not started yet, or still loading an older epoch.
-            Err(_) => std::thread::sleep(RETRY.min(left)),
+            Err(CallError::Io(error)) => {
+                tracing::trace!(%error, rank, "no answer yet");
+                std::thread::sleep(RETRY.min(left));
+            }
         }
     }
 }
 
 type Called = (Welcome, TcpStream, [u8; 32], [u8; 32]);
 
-fn call(addr: SocketAddr, about: Conversation, left: Duration) -> std::io::Result<Called> {
-    let mut stream = TcpStream::connect_timeout(&addr, left.min(GREETING))?;
+fn call(addr: SocketAddr, about: Conversation, patience: &Patience) -> Result<Called, CallError> {
+    let mut stream = TcpStream::connect_timeout(&addr, CONNECT)?;
     let own = fresh_nonce();
     std::io::Write::write_all(&mut stream, &hub::hello(about, &own))?;
-    stream.set_read_timeout(Some(left))?;
-    let (welcome, theirs) = hub::read_welcome(&mut stream)?;
+    let (welcome, theirs) =
+        hub::read_welcome(&mut stream, patience.deadline, &patience.interrupter)?;
     Ok((welcome, stream, own, theirs))
 }
 
 /// Waits for a higher rank.
-fn accept(
-    hub: &Hub,
-    group: &GroupConfig,
-    rank: usize,
-    deadline: Instant,
-    timeout: Duration,
-) -> Result<Link, Error> {
+fn accept(hub: &Hub, group: &GroupConfig, rank: usize, patience: &Patience) -> Result<Link, Error> {
     let about = Conversation {
         group: group.group,
         epoch: group.epoch,
@@ -258,12 +287,10 @@ fn accept(
         acceptor: group.rank as u32,
     };
     loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let Some(mut arrival) = hub.wait_for(about, left) else {
-            return Err(Error::NotJoined {
-                rank,
-                waited_ms: timeout.as_millis() as u64,
-            });
+        patience.left(rank)?;
+        let arrived = hub.wait_for(about, patience.deadline, &patience.interrupter)?;
+        let Some(mut arrival) = arrived else {
+            continue;
         };
         let own = fresh_nonce();
         if std::io::Write::write_all(&mut arrival.stream, &hub::welcome(Welcome::Come, &own))

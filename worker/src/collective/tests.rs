@@ -187,6 +187,57 @@ fn a_waiting_call_can_be_interrupted() {
 }
 
 #[test]
+fn joining_can_be_interrupted_wherever_it_waits() {
+    let hubs: Vec<Hub> = (0..3).map(|_| Hub::bind(loopback()).unwrap()).collect();
+    // A port that takes connections and says nothing, as of a process that hangs.
+    let silent = std::net::TcpListener::bind(loopback()).unwrap();
+    let nobody = {
+        let closed = std::net::TcpListener::bind(loopback()).unwrap();
+        closed.local_addr().unwrap()
+    };
+    for (what, rank, leader) in [
+        ("accepts", 0, hubs[0].local_addr()),
+        ("dials a closed port", 1, nobody),
+        ("waits for the welcome", 1, silent.local_addr().unwrap()),
+    ] {
+        let mut group = config(&hubs, rank, 1);
+        group.peers[0] = leader;
+        let interrupter = Interrupter::default();
+        let (own, hub) = (interrupter.clone(), hubs[rank].clone());
+        // Far longer than the test may take: only the interruption can end it.
+        let hour = Duration::from_secs(3600);
+        let (told, ended) = std::sync::mpsc::channel();
+        std::thread::spawn(move || told.send(Tcp::join_with(&hub, group, hour, own).err()));
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(ended.try_recv().is_err(), "{what}: ended by itself");
+        interrupter.interrupt();
+        assert_eq!(
+            ended.recv_timeout(JOIN),
+            Ok(Some(Error::Interrupted)),
+            "{what}"
+        );
+    }
+}
+
+#[test]
+fn an_interrupter_made_before_joining_ends_later_calls_too() {
+    let hubs: Vec<Hub> = (0..2).map(|_| Hub::bind(loopback()).unwrap()).collect();
+    std::thread::scope(|scope| {
+        let interrupter = Interrupter::default();
+        let (own, hubs) = (interrupter.clone(), &hubs);
+        let leader = scope.spawn(move || {
+            let leader = Tcp::join(&hubs[0], config(hubs, 0, 1), JOIN).unwrap();
+            interrupter.interrupt();
+            leader
+        });
+        let mut follower = Tcp::join_with(&hubs[1], config(hubs, 1, 1), JOIN, own).unwrap();
+        // Kept, so that its connection stays open while the other waits.
+        let _leader = leader.join().unwrap();
+        assert_eq!(follower.broadcast(&mut Vec::new()), Err(Error::Interrupted));
+    });
+}
+
+#[test]
 fn ranks_of_an_older_epoch_are_refused() {
     let hubs = [
         Hub::bind(loopback()).unwrap(),

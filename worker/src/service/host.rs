@@ -1,15 +1,16 @@
 //! One rank on this node, from its assignment to its end: a thread that loads, joins, serves and leaves.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use coordinator::control::{
-    Command, DeviceKind, Group, GroupHealth, ModelKind, RankAssignment, ShardReport,
+    Command, ControlHandle, DeviceKind, Error as ControlError, Group, GroupHealth, ModelKind,
+    Outcome, RankAssignment, ShardReport,
 };
 use coordinator::ids::{Epoch, GroupId, Rank};
 use kernels::{Cpu, Isa};
+use tokio_util::sync::CancellationToken;
 
 use super::Shared;
 use crate::collective::{Collective, GroupConfig, Interrupter, Local, Shm, Tcp};
@@ -25,14 +26,18 @@ use crate::text;
 /// How long a rank waits for the others of its group. Processes that run meet within a second; loading comes after.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Between two attempts to tell control something that it must know; each looks for a leader for some seconds itself.
+const REPORT_RETRY: Duration = Duration::from_secs(1);
+
 /// A rank that this node hosts.
 pub(super) struct Hosted {
     pub group: GroupId,
     pub epoch: Epoch,
     pub rank: Rank,
     state: Mutex<State>,
-    interrupter: Mutex<Option<Interrupter>>,
-    left: AtomicBool,
+    /// Ends what the rank does together with others, joining included.
+    interrupter: Interrupter,
+    left: CancellationToken,
     thread: Mutex<Option<thread::JoinHandle<()>>>,
 }
 
@@ -45,8 +50,12 @@ enum State {
     Following,
     /// Cannot go on in this epoch.
     Broken(String),
-    /// Could not be loaded, which was reported as such; forming the group again would not help.
-    Failed(String),
+    /// Could not be loaded. Control is told so as a reason that people can read.
+    Failed {
+        why: String,
+        /// The first attempt to tell control is over. Before, a heartbeat that calls the group broken could overtake the reason.
+        told: bool,
+    },
 }
 
 /// What a handler may use.
@@ -101,8 +110,8 @@ impl Hosted {
             epoch: group.epoch,
             rank: assignment.rank,
             state: Mutex::new(State::Loading),
-            interrupter: Mutex::new(None),
-            left: AtomicBool::new(false),
+            interrupter: Interrupter::default(),
+            left: CancellationToken::new(),
             thread: Mutex::new(None),
         });
         let (own, runtime) = (host.clone(), tokio::runtime::Handle::current());
@@ -124,12 +133,24 @@ impl Hosted {
         host
     }
 
+    /// A rank that serves `engine` and has no thread.
+    #[cfg(test)]
+    pub fn serving_engine(group: GroupId, epoch: Epoch, engine: Engine) -> Arc<Self> {
+        Arc::new(Self {
+            group,
+            epoch,
+            rank: Rank(0),
+            state: Mutex::new(State::Engine(Arc::new(engine))),
+            interrupter: Interrupter::default(),
+            left: CancellationToken::new(),
+            thread: Mutex::new(None),
+        })
+    }
+
     /// Tells the rank to leave its group; returns at once.
     pub fn leave(&self) {
-        self.left.store(true, Ordering::Release);
-        if let Some(interrupter) = lock(&self.interrupter).as_ref() {
-            interrupter.interrupt();
-        }
+        self.left.cancel();
+        self.interrupter.interrupt();
         // The engine's thread ends when its handle is gone.
         *lock(&self.state) = State::Broken("this node has left the group".into());
     }
@@ -144,9 +165,10 @@ impl Hosted {
 
     pub fn health(&self) -> GroupHealth {
         let (active_requests, broken) = match &*lock(&self.state) {
-            State::Loading | State::Following | State::Embedder(_) | State::Failed(_) => (0, None),
+            State::Loading | State::Following | State::Embedder(_) => (0, None),
             State::Engine(engine) => (engine.active(), engine.broken()),
             State::Broken(why) => (0, Some(why.clone())),
+            State::Failed { why, told } => (0, told.then(|| why.clone())),
         };
         GroupHealth {
             group: self.group,
@@ -164,12 +186,12 @@ impl Hosted {
             State::Embedder(embedder) => Ok(Serving::Embedder(embedder.clone())),
             State::Loading => Err("the model is loading".into()),
             State::Following => Err("this node is not the group's leader".into()),
-            State::Broken(why) | State::Failed(why) => Err(why.clone()),
+            State::Broken(why) | State::Failed { why, .. } => Err(why.clone()),
         }
     }
 
     fn left(&self) -> bool {
-        self.left.load(Ordering::Acquire)
+        self.left.is_cancelled()
     }
 
     /// Nothing changes any more once the rank was told to leave.
@@ -189,30 +211,64 @@ impl Hosted {
         assignment: &RankAssignment,
         runtime: &tokio::runtime::Handle,
     ) {
-        let propose = |command: Command| runtime.block_on(shared.control.propose(command));
+        let tell = |command: Command| runtime.block_on(self.tell(&shared.control, command));
         let result = match group.kind {
-            ModelKind::Generate => self.generate(shared, group, assignment, &propose),
-            ModelKind::Embed => self.embed(shared, group, assignment, &propose),
+            ModelKind::Generate => self.generate(shared, group, assignment, &tell),
+            ModelKind::Embed => self.embed(shared, group, assignment, &tell),
         };
         let (group, epoch, rank) = (self.group, self.epoch, self.rank);
         match result {
             Ok(()) | Err(End::Left) => tracing::info!(%group, %epoch, %rank, "rank ended"),
+            // What breaks while it leaves was broken off on purpose.
+            Err(_) if self.left() => tracing::info!(%group, %epoch, %rank, "rank ended"),
             Err(End::Broken(why)) => {
                 tracing::warn!(%group, %epoch, %rank, why, "the group is broken");
                 let _ = self.set_state(State::Broken(why));
             }
             Err(End::Failed(why)) => {
                 tracing::error!(%group, %epoch, %rank, why, "the rank cannot be loaded");
-                if self.set_state(State::Failed(why.clone())).is_ok()
-                    && let Err(error) = propose(Command::RankFailed {
-                        group,
-                        epoch,
-                        rank,
-                        reason: why,
-                    })
-                {
-                    tracing::warn!(%error, "the failure could not be reported");
+                let told = false;
+                let _ = self.set_state(State::Failed {
+                    why: why.clone(),
+                    told,
+                });
+                let reason = why;
+                // If nobody takes the reason, the heartbeats' word that the group is broken must do.
+                let _ = tell(Command::RankFailed {
+                    group,
+                    epoch,
+                    rank,
+                    reason,
+                });
+            }
+        }
+    }
+
+    /// Has control take `command`, however long that takes, unless the rank is told to leave.
+    ///
+    /// # Errors
+    /// [`End::Left`], or [`End::Broken`] when the rules forbid it: then the control state has gone on without this rank.
+    async fn tell(&self, control: &ControlHandle, command: Command) -> Result<Outcome, End> {
+        loop {
+            let answer = tokio::select! {
+                answer = control.propose(command.clone()) => answer,
+                () = self.left.cancelled() => return Err(End::Left),
+            };
+            if let State::Failed { told, .. } = &mut *lock(&self.state) {
+                *told = true;
+            }
+            match answer {
+                Ok(outcome) => return Ok(outcome),
+                Err(error @ ControlError::Rejected(_)) => {
+                    return Err(End::Broken(error.to_string()));
                 }
+                Err(error) => {
+                    tracing::warn!(%error, group = %self.group, epoch = %self.epoch, "control could not be told; trying again");
+                }
+            }
+            tokio::select! {
+                () = tokio::time::sleep(REPORT_RETRY) => {}
+                () = self.left.cancelled() => return Err(End::Left),
             }
         }
     }
@@ -222,10 +278,7 @@ impl Hosted {
         shared: &Shared,
         group: &Group,
         assignment: &RankAssignment,
-        propose: &dyn Fn(
-            Command,
-        )
-            -> Result<coordinator::control::Outcome, coordinator::control::Error>,
+        tell: &dyn Fn(Command) -> Result<Outcome, End>,
     ) -> Result<(), End> {
         let file = ModelFile::open(&group.path).map_err(failed)?;
         let config = file.config().map_err(failed)?;
@@ -248,7 +301,6 @@ impl Hosted {
         };
         let device = device(shared, assignment)?;
         let collective = self.join_group(shared, group)?;
-        *lock(&self.interrupter) = Some(collective.interrupter());
         if self.left() {
             return Err(End::Left);
         }
@@ -261,7 +313,7 @@ impl Hosted {
         };
         let Some(text) = text else {
             self.set_state(State::Following)?;
-            propose(report).map_err(|e| End::Broken(e.to_string()))?;
+            tell(report)?;
             return follow(&mut rank).map_err(|error| {
                 if self.left() {
                     End::Left
@@ -292,7 +344,7 @@ impl Hosted {
         // The runner ends when the last handle is gone; only the state's may keep it.
         let shared_state = Arc::downgrade(&engine);
         drop(engine);
-        propose(report).map_err(|e| End::Broken(e.to_string()))?;
+        tell(report)?;
         runner.run();
         let why = shared_state
             .upgrade()
@@ -307,7 +359,7 @@ impl Hosted {
 
     fn join_group(&self, shared: &Shared, group: &Group) -> Result<Box<dyn Collective>, End> {
         if group.ranks.len() == 1 {
-            return Ok(Box::new(Local::default()));
+            return Ok(Box::new(Local::with(self.interrupter.clone())));
         }
         let config = GroupConfig {
             group: self.group.0,
@@ -316,7 +368,8 @@ impl Hosted {
             peers: group.ranks.iter().map(|r| r.data_addr).collect(),
             key: group.key,
         };
-        let tcp = Tcp::join(&shared.hub, config, JOIN_TIMEOUT)?;
+        let interrupter = self.interrupter.clone();
+        let tcp = Tcp::join_with(&shared.hub, config, JOIN_TIMEOUT, interrupter)?;
         Ok(Shm::upgrade(tcp)?)
     }
 
@@ -325,10 +378,7 @@ impl Hosted {
         shared: &Shared,
         group: &Group,
         assignment: &RankAssignment,
-        propose: &dyn Fn(
-            Command,
-        )
-            -> Result<coordinator::control::Outcome, coordinator::control::Error>,
+        tell: &dyn Fn(Command) -> Result<Outcome, End>,
     ) -> Result<(), End> {
         let file = ModelFile::open(&group.path).map_err(failed)?;
         let embedder = Embedder::load(&file, threads(shared, assignment)).map_err(failed)?;
@@ -351,7 +401,7 @@ impl Hosted {
             rank: self.rank,
             report,
         };
-        propose(ready).map_err(|e| End::Broken(e.to_string()))?;
+        tell(ready)?;
         Ok(())
     }
 }

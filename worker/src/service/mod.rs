@@ -230,3 +230,6 @@ fn publish_health(shared: &Shared) {
     groups.sort_by_key(|h| h.group);
     shared.control.publish_health(groups);
 }
+
+#[cfg(test)]
+mod tests;
