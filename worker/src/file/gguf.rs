@@ -18,6 +18,12 @@ const MAX_DIMENSIONS: u32 = 4;
 const MIN_METADATA_BYTES: u64 = 8 + 4 + 1;
 /// Bytes a tensor entry takes at least: name length, dimensions, type, offset.
 const MIN_TENSOR_BYTES: u64 = 8 + 4 + 4 + 8;
+/// Most metadata entries and tensors; a llama of 405 billion parameters has 1,138 tensors and some dozen entries.
+const MAX_ENTRIES: u64 = 1 << 16;
+/// Most bytes before the tensors' data; a vocabulary of 128,256 tokens with its merges takes 8 MB.
+const MAX_HEADER_BYTES: usize = 256 << 20;
+/// Longest metadata string, and longest string in an array; chat templates have some kilobytes.
+const MAX_STRING_BYTES: u64 = 16 << 20;
 const DEFAULT_ALIGNMENT: u64 = 32;
 
 /// Metadata of a GGUF file. Arrays stay in the map and are read when asked for.
@@ -132,7 +138,7 @@ impl Metadata {
         };
         let mut out = Vec::new();
         for _ in 0..array.count {
-            out.push(cursor.string(key, u64::MAX)?);
+            out.push(cursor.string(key, MAX_STRING_BYTES)?);
         }
         Ok(Some(out))
     }
@@ -238,7 +244,11 @@ pub(super) fn parse(
     path: &Path,
     bytes: &[u8],
 ) -> Result<(Metadata, HashMap<String, Entry>), Error> {
-    let mut cursor = Cursor { path, bytes, at: 0 };
+    let mut cursor = Cursor {
+        path,
+        bytes: &bytes[..bytes.len().min(MAX_HEADER_BYTES)],
+        at: 0,
+    };
     if bytes.get(..4) != Some(b"GGUF".as_slice()) {
         let got = bytes.get(..4).map_or_else(
             || format!("{} bytes", bytes.len()),
@@ -258,8 +268,12 @@ pub(super) fn parse(
             got: version,
         });
     }
-    let tensor_count = cursor.count("the number of tensors", MIN_TENSOR_BYTES)?;
-    let value_count = cursor.count("the number of metadata entries", MIN_METADATA_BYTES)?;
+    let tensor_count = cursor.count("the number of tensors", MIN_TENSOR_BYTES, MAX_ENTRIES)?;
+    let value_count = cursor.count(
+        "the number of metadata entries",
+        MIN_METADATA_BYTES,
+        MAX_ENTRIES,
+    )?;
 
     let mut values = BTreeMap::new();
     for _ in 0..value_count {
@@ -370,6 +384,14 @@ struct Cursor<'a> {
 impl Cursor<'_> {
     fn take(&mut self, what: &str, len: u64) -> Result<&[u8], Error> {
         let have = (self.bytes.len() - self.at) as u64;
+        if len > have && self.bytes.len() == MAX_HEADER_BYTES {
+            return Err(Error::TooMany {
+                path: self.path.into(),
+                what: format!("length of the header up to {what} in bytes"),
+                got: (self.at as u64).saturating_add(len),
+                max: MAX_HEADER_BYTES as u64,
+            });
+        }
         if len > have {
             return Err(Error::Truncated {
                 path: self.path.into(),
@@ -398,10 +420,10 @@ impl Cursor<'_> {
         Ok(u64::from_le_bytes(self.array(what)?))
     }
 
-    /// A count of things of at least `min_bytes` each: more than fit in the rest of the file is refused.
-    fn count(&mut self, what: &str, min_bytes: u64) -> Result<u64, Error> {
+    /// A count of things of at least `min_bytes` each: more than `most`, or than fit in the rest of the header, are refused.
+    fn count(&mut self, what: &str, min_bytes: u64, most: u64) -> Result<u64, Error> {
         let got = self.u64(what)?;
-        let max = (self.bytes.len() - self.at) as u64 / min_bytes;
+        let max = most.min((self.bytes.len() - self.at) as u64 / min_bytes);
         if got > max {
             return Err(Error::TooMany {
                 path: self.path.into(),
@@ -413,7 +435,7 @@ impl Cursor<'_> {
         Ok(got)
     }
 
-    fn string(&mut self, what: &str, max: u64) -> Result<String, Error> {
+    fn string_bytes(&mut self, what: &str, max: u64) -> Result<&[u8], Error> {
         let len = self.u64(what)?;
         if len > max {
             return Err(Error::TooMany {
@@ -423,7 +445,15 @@ impl Cursor<'_> {
                 max,
             });
         }
-        let bytes = self.take(what, len)?.to_vec();
+        self.take(what, len)
+    }
+
+    fn skip_string(&mut self, what: &str) -> Result<(), Error> {
+        self.string_bytes(what, MAX_STRING_BYTES).map(|_| ())
+    }
+
+    fn string(&mut self, what: &str, max: u64) -> Result<String, Error> {
+        let bytes = self.string_bytes(what, max)?.to_vec();
         String::from_utf8(bytes).map_err(|_| self.invalid(what, "text in UTF-8", "other bytes"))
     }
 
@@ -452,22 +482,18 @@ impl Cursor<'_> {
 
     fn value(&mut self, key: &str, kind: u32) -> Result<Value, Error> {
         match kind {
-            kind::STRING => Ok(Value::String(self.string(key, u64::MAX)?)),
+            kind::STRING => Ok(Value::String(self.string(key, MAX_STRING_BYTES)?)),
             kind::ARRAY => {
                 let kind = self.u32(key)?;
-                let count = self.count(
-                    key,
-                    if kind == kind::STRING {
-                        8
-                    } else {
-                        kind::width(kind).unwrap_or(1)
-                    },
-                )?;
+                let min_bytes = match kind {
+                    kind::STRING => 8,
+                    kind => kind::width(kind).unwrap_or(1),
+                };
+                let count = self.count(key, min_bytes, u64::MAX)?;
                 let start = self.at;
                 if kind == kind::STRING {
                     for _ in 0..count {
-                        let len = self.u64(key)?;
-                        self.take(key, len)?;
+                        self.skip_string(key)?;
                     }
                 } else if let Some(width) = kind::width(kind) {
                     self.take(key, count.saturating_mul(width))?;

@@ -206,10 +206,17 @@ impl ModelFile {
         })
     }
 
-    /// Tells the kernel that the pages of `data` (a part of a tensor of this file) are no longer needed, so that what was
-    /// packed is not held twice.
+    /// Tells the kernel that the pages of `data` are no longer needed, so that what was packed is not held twice. Does nothing unless
+    /// `data` is a part of this file: only there are pages read again when touched.
     pub fn release(&self, data: &[u8]) {
-        tensor::release(data);
+        let wanted = data.as_ptr_range();
+        let holds = |map: &Mmap| {
+            let held = map.as_ptr_range();
+            held.start <= wanted.start && wanted.end <= held.end
+        };
+        if self.inner.maps.iter().any(holds) {
+            tensor::release(data);
+        }
     }
 }
 
@@ -219,8 +226,8 @@ fn map(path: &Path) -> Result<Mmap, Error> {
         path: path.into(),
         source,
     })?;
-    // SAFETY: the map is read-only and private to this process; as with every mapped file, someone who shortens it
-    // while it is in use ends this process with SIGBUS, which operators are told in the docs.
+    // SAFETY: the map is read-only and nobody here writes the file. As with every mapped file, someone who shortens it in place
+    // while it is in use ends this process with SIGBUS; a model is replaced by renaming another file over it.
     unsafe { Mmap::map(&file) }.map_err(|source| Error::Open {
         path: path.into(),
         source,

@@ -137,14 +137,15 @@ fn finite(format: Format, bytes: &[u8]) -> bool {
     }
 }
 
-/// Drops the pages that lie wholly inside `data` from this process; they stay in the page cache.
+/// Drops the pages that lie wholly inside `data` from this process; they stay in the page cache. `data` must be a part of a file's
+/// map, which [`super::ModelFile::release`] makes sure of.
 pub(super) fn release(data: &[u8]) {
     const PAGE: usize = 4096;
     let start = (data.as_ptr() as usize).next_multiple_of(PAGE);
     let end = (data.as_ptr() as usize + data.len()) / PAGE * PAGE;
     if end > start {
-        // SAFETY: the range lies inside a live, read-only, file-backed map (callers pass parts of a tensor), so dropping
-        // its pages only means that they are read again when touched.
+        // SAFETY: the range lies inside a live, read-only, file-backed map (the only caller checks that), so dropping its
+        // pages only means that they are read again when touched.
         unsafe { libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_DONTNEED) };
     }
 }

@@ -228,7 +228,18 @@ fn hostile_headers_are_refused_with_a_word_about_what_is_wrong() {
         (
             "string length",
             w().value("k", 8, &huge.to_le_bytes()).bytes(),
+            "length of k",
+        ),
+        (
+            "string cut off",
+            w().value("k", 8, &4096u64.to_le_bytes()).bytes(),
             "in the middle of k",
+        ),
+        (
+            "string length in an array",
+            w().value("k", 9, &[array(8, 1), huge.to_le_bytes().to_vec()].concat())
+                .bytes(),
+            "length of k",
         ),
         (
             "unknown type",
@@ -342,6 +353,85 @@ fn hostile_headers_are_refused_with_a_word_about_what_is_wrong() {
         let error = parse(&bytes).expect_err(what).to_string();
         assert!(error.contains(expected), "{what}: {error}");
     }
+}
+
+/// A header whose claims all fit into the file, which is large and empty: no such file may cost memory or time.
+#[test]
+fn an_oversized_header_is_refused_by_its_size() {
+    const BYTES: u64 = 8 << 30;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("large.gguf");
+    let header = |tensors: u64, values: u64, rest: &[u8]| {
+        let counts = [tensors.to_le_bytes(), values.to_le_bytes()].concat();
+        [b"GGUF\x03\0\0\0".as_slice(), &counts, rest].concat()
+    };
+    let entry = |kind: u32, value: &[u8]| {
+        let mut out = Vec::new();
+        Writer::string(&mut out, "k");
+        [out, kind.to_le_bytes().to_vec(), value.to_vec()].concat()
+    };
+    let array = |kind: u32, count: u64| {
+        entry(
+            9,
+            &[kind.to_le_bytes().as_slice(), &count.to_le_bytes()].concat(),
+        )
+    };
+    let cases = [
+        (
+            "entries",
+            header(0, 1 << 28, &[]),
+            "number of metadata entries is 268435456, expected at most 65536",
+        ),
+        (
+            "tensors",
+            header(1 << 28, 0, &[]),
+            "number of tensors is 268435456, expected at most 65536",
+        ),
+        (
+            "text",
+            header(0, 1, &entry(8, &(1u64 << 30).to_le_bytes())),
+            "length of k is 1073741824, expected at most 16777216",
+        ),
+        (
+            "numbers",
+            header(0, 1, &array(4, 1 << 30)),
+            "k is 1073741824, expected at most",
+        ),
+        (
+            "texts",
+            header(0, 1, &array(8, 1 << 29)),
+            "k is 536870912, expected at most",
+        ),
+        // Just short of the limit; the next entry's type lies beyond it.
+        (
+            "end",
+            header(0, 2, &array(0, (256 << 20) - 49 - 8)),
+            "length of the header",
+        ),
+    ];
+    for (what, bytes, expected) in cases {
+        std::fs::write(&path, bytes).unwrap();
+        let file = std::fs::File::options().write(true).open(&path).unwrap();
+        file.set_len(BYTES).unwrap();
+        let error = ModelFile::open(&path).err().expect(what).to_string();
+        assert!(error.contains(expected), "{what}: {error}");
+    }
+}
+
+#[test]
+fn only_pages_of_the_file_itself_are_released() {
+    // A page and more on the heap: were it dropped as the file's pages are, it would read as zeros.
+    let heap = vec![7u8; 1 << 20];
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("test.gguf");
+    std::fs::write(&path, llama().bytes()).unwrap();
+    let file = ModelFile::open(&path).unwrap();
+    file.release(&heap);
+    assert!(heap.iter().all(|&b| b == 7));
+    let tensor = file.require("token_embd.weight").unwrap();
+    let before = tensor.data().to_vec();
+    file.release(tensor.data());
+    assert_eq!(tensor.data(), before);
 }
 
 #[test]
