@@ -12,6 +12,9 @@ use super::python_json::{Style, dumps};
 use super::tokenizer::Tokenizer;
 use super::{Error, specials::Specials};
 
+/// Instructions that rendering may take, with one for each 64 bytes written: about a second, and a hundred times what a long
+/// conversation with tools takes. A template comes with a model file and could loop forever.
+const FUEL: u64 = 10_000_000;
 /// Longest template source; the longest in use has 17 KB.
 const MAX_TEMPLATE_BYTES: usize = 1 << 20;
 /// Noncharacters, which no proper text holds; one that the messages do not hold becomes the mark.
@@ -84,6 +87,7 @@ impl ChatTemplate {
             .build()
             .map_err(explain)?;
         environment.set_syntax(syntax);
+        environment.set_fuel(Some(FUEL));
         environment
             .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_filter("tojson", to_json);
@@ -155,6 +159,12 @@ impl std::fmt::Debug for ChatTemplate {
 
 /// Keeps messages' text out of the error: only the kind, the template's line and its own refusal.
 fn explain(error: minijinja::Error) -> Error {
+    if error.kind() == ErrorKind::OutOfFuel {
+        return Error::Template(format!(
+            "stopped after {FUEL} steps in line {}; it may loop forever, or the conversation is too long for it",
+            error.line().unwrap_or(0)
+        ));
+    }
     let detail = error.detail().unwrap_or_default();
     match detail.strip_prefix(REFUSAL) {
         Some(refusal) => Error::Refused(refusal.into()),
@@ -451,6 +461,23 @@ mod tests {
             ChatTemplate::new("{% if %}", "", ""),
             Err(Error::Template(_))
         ));
+    }
+
+    #[test]
+    fn a_template_that_never_ends_is_stopped_and_a_long_conversation_is_not() {
+        let forever =
+            "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}";
+        let doubling = "{% set ns = namespace(s='x' * 1000) %}{% for a in range(1000) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}";
+        let recursion = "{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}{{ m() }}";
+        for hostile in [forever, doubling, recursion] {
+            let error = render(hostile, json!([])).unwrap_err();
+            assert!(matches!(error, Error::Template(_)), "{error}");
+        }
+        let turns: Vec<Value> = (0..10_000)
+            .map(|i| json!({"role": "user", "content": "x".repeat(500 + i % 500)}))
+            .collect();
+        let source = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim + '<|im_end|>' + '\n' }}{% endfor %}";
+        assert!(render(source, Value::Array(turns)).unwrap().len() > 7_000_000);
     }
 
     #[test]
