@@ -114,11 +114,10 @@ fn llama_3_from_gguf_agrees_with_llama_cpp_and_with_its_reference() {
 }
 
 #[test]
-fn smollm2_round_trips_and_knows_its_specials() {
+fn smollm2_agrees_with_llama_cpp_token_for_token_and_knows_its_specials() {
     let text = gguf("SmolLM2-135M-Instruct.Q4_1.gguf");
-    if fixture("tokens.json").get("smollm2").is_some() {
-        assert_agrees(&text.tokenizer, "smollm2");
-    }
+    assert_agrees(&text.tokenizer, "smollm2");
+    assert_round_trips(&text.tokenizer);
     let ids = text
         .tokenizer
         .encode("<|im_start|>user\n12 Hunde<|im_end|>", Parse::Control)

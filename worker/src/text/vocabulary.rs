@@ -132,11 +132,6 @@ impl Vocabulary {
     pub fn kind(&self, id: usize) -> TokenKind {
         self.kinds.get(id).copied().unwrap_or(TokenKind::Normal)
     }
-
-    /// The id of the token with exactly this text.
-    pub fn id_of(&self, text: &str) -> Option<u32> {
-        self.tokens.iter().position(|t| t == text).map(|i| i as u32)
-    }
 }
 
 /// A token that `tokenizer.json` lists beside its model.

