@@ -38,21 +38,26 @@ pub fn convert(source: &Path, target: &Path) -> Result<(), Error> {
     }
     let file = std::fs::read(source).map_err(read)?;
     let model = Source::parse(&file)?;
+    // Whatever is wrong with the source shows before anything is written.
+    let tensors = model.gguf_tensors()?;
     let write = |e: std::io::Error| Error::Write {
         path: target.into(),
         why: e.to_string(),
     };
     let partial = target.with_extension("partial");
-    let mut out = BufWriter::new(File::create(&partial).map_err(write)?);
-    model
-        .write(&mut out)
-        .and_then(|()| out.flush())
-        .map_err(write)?;
-    out.into_inner()
-        .map_err(|e| write(e.into_error()))?
-        .sync_all()
-        .map_err(write)?;
-    std::fs::rename(&partial, target).map_err(write)
+    let written = write_whole(&model, &tensors, &partial);
+    let placed = written.and_then(|()| std::fs::rename(&partial, target));
+    if placed.is_err() {
+        // Best effort: the error below is what counts.
+        let _ = std::fs::remove_file(&partial);
+    }
+    placed.map_err(write)
+}
+
+fn write_whole(model: &Source<'_>, tensors: &[Tensor<'_>], path: &Path) -> std::io::Result<()> {
+    let mut out = BufWriter::new(File::create(path)?);
+    model.write(tensors, &mut out)?;
+    out.into_inner().map_err(|e| e.into_error())?.sync_all()
 }
 
 struct Source<'a> {
@@ -179,10 +184,7 @@ impl<'a> Source<'a> {
         })
     }
 
-    fn write(&self, out: &mut impl Write) -> std::io::Result<()> {
-        let tensors = self
-            .gguf_tensors()
-            .map_err(|e| std::io::Error::new(std::io::ErrorKind::InvalidData, e.to_string()))?;
+    fn write(&self, tensors: &[Tensor<'_>], out: &mut impl Write) -> std::io::Result<()> {
         let kinds: Vec<i32> = self
             .pieces
             .iter()
@@ -220,7 +222,7 @@ impl<'a> Source<'a> {
                 Value::U32s(&self.normalizer),
             ),
         ];
-        gguf::write(out, &metadata, &tensors)
+        gguf::write(out, &metadata, tensors)
     }
 
     fn kind(&self, id: u32, piece: &str) -> i32 {
@@ -401,11 +403,90 @@ mod tests {
                 convert(&source, &target),
                 Err(Error::Source { .. })
             ));
-            assert!(!target.exists());
+            assert_eq!(names(dir.path()), ["in.bin"]);
         }
         assert!(matches!(
             convert(&dir.path().join("none"), &target),
             Err(Error::Read { .. })
         ));
+    }
+
+    fn names(dir: &Path) -> Vec<String> {
+        let entries = std::fs::read_dir(dir).unwrap();
+        entries
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .collect()
+    }
+
+    /// A model of one layer, 32 wide, with two pieces; each tensor as long as `bytes` says of its right length.
+    fn tiny(bytes: impl Fn(&str, usize) -> usize) -> Vec<u8> {
+        let mut out = b"E5S1".to_vec();
+        let numbers = |out: &mut Vec<u8>, values: &[u32]| {
+            out.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+        };
+        // Version; hidden, layers, heads, ffn, vocabulary, positions, types; eps; block.
+        numbers(
+            &mut out,
+            &[1, 32, 1, 1, 32, 2, 4, 1, 1e-12f32.to_bits(), 32],
+        );
+        // Pieces; bos, eos, pad, unknown; their text, ends and scores; no normaliser.
+        numbers(&mut out, &[2, 0, 0, 0, 0]);
+        out.extend_from_slice(&2u64.to_le_bytes());
+        numbers(&mut out, &[0, 1, 2, 0, 0]);
+        out.extend_from_slice(b"ab");
+        numbers(&mut out, &[0, 0]);
+        let (vector, matrix, q4) = (32 * 4, 32 * 18, 18);
+        let mut tensors = vec![
+            ("emb.word".to_owned(), 1, 2 * q4),
+            ("emb.pos".into(), 0, 4 * vector),
+            ("emb.type".into(), 0, vector),
+            ("emb.ln.w".into(), 0, vector),
+            ("emb.ln.b".into(), 0, vector),
+        ];
+        for part in ["q", "k", "v", "ao", "fi", "fo"] {
+            tensors.push((format!("l0.{part}.w"), 1, matrix));
+            tensors.push((format!("l0.{part}.b"), 0, vector));
+        }
+        for part in ["aln.w", "aln.b", "oln.w", "oln.b"] {
+            tensors.push((format!("l0.{part}"), 0, vector));
+        }
+        numbers(&mut out, &[tensors.len() as u32]);
+        for (name, kind, right) in tensors {
+            out.extend_from_slice(&(name.len() as u16).to_le_bytes());
+            out.extend_from_slice(name.as_bytes());
+            out.push(kind);
+            numbers(&mut out, &[0]);
+            out.extend_from_slice(&0u64.to_le_bytes());
+            out.extend_from_slice(&(bytes(&name, right) as u64).to_le_bytes());
+        }
+        out
+    }
+
+    #[test]
+    fn a_broken_tensor_is_the_sources_fault_and_leaves_nothing_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        let (source, target) = (dir.path().join("in.bin"), dir.path().join("out.gguf"));
+        for broken in ["emb.word", "l0.fo.w", "l0.oln.b"] {
+            let bytes = tiny(|name, right| right - usize::from(name == broken));
+            std::fs::write(&source, bytes).unwrap();
+            match convert(&source, &target) {
+                Err(Error::Source { expected, .. }) => assert!(expected.contains(broken)),
+                other => panic!("{broken}: {other:?}"),
+            }
+            assert_eq!(names(dir.path()), ["in.bin"]);
+        }
+        std::fs::write(&source, tiny(|_, right| right)).unwrap();
+        // A target that cannot be replaced: the half-made file goes away, too.
+        std::fs::create_dir(&target).unwrap();
+        std::fs::write(target.join("occupied"), "").unwrap();
+        assert!(matches!(
+            convert(&source, &target),
+            Err(Error::Write { .. })
+        ));
+        assert!(!target.with_extension("partial").exists());
+        std::fs::remove_dir_all(&target).unwrap();
+        convert(&source, &target).unwrap();
+        assert!(crate::file::ModelFile::open(&target).is_ok());
+        assert!(!target.with_extension("partial").exists());
     }
 }

@@ -23,9 +23,15 @@ pub enum Over {
     Shm,
 }
 
-/// The folder with the small models that the set-up fetched.
+/// The small language model that the set-up fetched.
 #[allow(dead_code, reason = "each test file uses its own part of this module")]
 pub fn smollm2() -> PathBuf {
+    fetched("SmolLM2-135M-Instruct.Q4_1.gguf")
+}
+
+/// A file that the set-up fetched.
+#[allow(dead_code, reason = "each test file uses its own part of this module")]
+pub fn fetched(name: &str) -> PathBuf {
     let folder = std::env::var_os("VERBUND_MODELS")
         .map(PathBuf::from)
         .unwrap_or_else(|| {
@@ -34,21 +40,23 @@ pub fn smollm2() -> PathBuf {
                 || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache");
             cache.unwrap_or_else(home).join("verbund/models")
         });
-    let path = folder.join("SmolLM2-135M-Instruct.Q4_1.gguf");
+    let path = folder.join(name);
     assert!(
         path.exists(),
-        "{} is missing: run `ops/setup`, or point VERBUND_MODELS to the folder that holds it",
+        "{} is missing: run `make test`, or point VERBUND_MODELS to the folder that holds it",
         path.display()
     );
     path
 }
 
 /// One thread of this processor.
+#[allow(dead_code, reason = "each test file uses its own part of this module")]
 pub fn cpu() -> Cpu {
     Cpu::new(1, Isa::detect())
 }
 
 /// Runs `work` on the leader of a group of `plan`'s size, each rank on a `device` of its own; the other ranks follow.
+#[allow(dead_code, reason = "each test file uses its own part of this module")]
 pub fn on_ranks<D: Device, T>(
     file: &ModelFile,
     plan: &ShardPlan,
@@ -56,10 +64,24 @@ pub fn on_ranks<D: Device, T>(
     device: impl Fn() -> D + Sync,
     work: impl FnOnce(&mut RankModel<D>) -> T,
 ) -> T {
+    let files = vec![file.clone(); plan.shards.len()];
+    on_ranks_with(&files, plan, over, device, work)
+}
+
+/// [`on_ranks`] where each rank has a file of its own.
+#[allow(dead_code, reason = "each test file uses its own part of this module")]
+pub fn on_ranks_with<D: Device, T>(
+    files: &[ModelFile],
+    plan: &ShardPlan,
+    over: Over,
+    device: impl Fn() -> D + Sync,
+    work: impl FnOnce(&mut RankModel<D>) -> T,
+) -> T {
     let size = plan.shards.len();
+    assert_eq!(files.len(), size);
     if size == 1 {
         return work(
-            &mut RankModel::load(file, plan, Box::new(Local::default()), device()).unwrap(),
+            &mut RankModel::load(&files[0], plan, Box::new(Local::default()), device()).unwrap(),
         );
     }
     let hubs: Vec<Hub> = (0..size)
@@ -80,7 +102,7 @@ pub fn on_ranks<D: Device, T>(
         } else {
             Box::new(tcp)
         };
-        RankModel::load(file, plan, ranks, device()).unwrap()
+        RankModel::load(&files[rank], plan, ranks, device()).unwrap()
     };
     std::thread::scope(|scope| {
         let rank = &rank;
@@ -96,6 +118,7 @@ pub fn on_ranks<D: Device, T>(
 }
 
 /// A span of `tokens` after `context` positions, appended to a step.
+#[allow(dead_code, reason = "each test file uses its own part of this module")]
 pub fn push(batch: &mut StepBatch, tokens: &[u32], context: usize, blocks: &[u32]) {
     let first_row = batch.tokens.len();
     for (i, &token) in tokens.iter().enumerate() {
