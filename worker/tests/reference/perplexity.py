@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Perplexity of the LICENSE's text as llama.cpp's perplexity tool computes it, with llama.cpp's own tokens and logits.
 
-Prints what worker/tests/perplexity.rs compares with. Needs llama-cpp-python, built natively. Usage: perplexity.py MODEL.gguf [TEXT]
+Prints what worker/tests/perplexity.rs compares with. Needs llama-cpp-python, built natively from its source package (CMAKE_ARGS=-DGGML_NATIVE=ON). Usage: perplexity.py MODEL.gguf [TEXT]
 """
 
 import hashlib
