@@ -2,11 +2,16 @@
 
 mod support;
 
-use kernels::{BLOCK_TOKENS, Cpu};
-use support::{Over, cpu, on_ranks, push, smollm2};
-use worker::file::ModelFile;
-use worker::model::{Candidates, RankModel, StepBatch};
-use worker::plan::{RankCapacity, ShardPlan, plan};
+use std::ops::Range;
+use std::path::Path;
+
+use kernels::{BLOCK_TOKENS, Cpu, Format};
+use support::{Over, cpu, on_ranks, on_ranks_with, push, smollm2};
+use worker::file::{
+    Error as FileError, LAYER_WEIGHTS, LayerWeight, ModelConfig, ModelFile, Tensor, Weight,
+};
+use worker::model::{Candidates, Error, Model, RankModel, StepBatch};
+use worker::plan::{RankCapacity, Shard, ShardPlan, plan};
 
 const PROMPTS: usize = 20;
 const PROMPT_TOKENS: usize = 8;
@@ -111,7 +116,7 @@ fn a_rank_reads_only_its_share_and_the_norms() {
         let plan = division(&file, &speeds);
         let read: Vec<u64> = (0..plan.shards.len())
             .map(|rank| {
-                let model = worker::model::Model::load(&file, &plan, rank, cpu()).unwrap();
+                let model = Model::load(&file, &plan, rank, cpu()).unwrap();
                 let numbers = model.numbers(plan.context_tokens);
                 let shard = &plan.shards[rank];
                 assert_eq!(numbers.kv_heads, shard.kv_heads);
@@ -133,5 +138,123 @@ fn a_rank_reads_only_its_share_and_the_norms() {
             sum < whole && sum > whole * 9 / 10,
             "{sum} of {whole} bytes"
         );
+    }
+}
+
+/// The rows and columns of a matrix that belong to a shard; `None` for what every rank holds.
+fn share(
+    weight: Weight,
+    shard: &Shard,
+    config: &ModelConfig,
+) -> Option<(Range<usize>, Range<usize>)> {
+    let part = |range: &Range<usize>, width: usize| range.start * width..range.end * width;
+    let whole = 0..config.hidden;
+    let queries = part(&shard.query_heads, config.head_dim);
+    let keys = part(&shard.kv_heads, config.head_dim);
+    Some(match weight {
+        Weight::Embedding | Weight::Output => (shard.vocab_rows.clone(), whole),
+        Weight::OutputNorm => return None,
+        Weight::Layer(_, layer) => match layer {
+            LayerWeight::AttentionNorm | LayerWeight::FfnNorm => return None,
+            LayerWeight::Query => (queries, whole),
+            LayerWeight::Key | LayerWeight::Value => (keys, whole),
+            LayerWeight::AttentionOutput => (whole, queries),
+            LayerWeight::Gate | LayerWeight::Up => (shard.ffn_columns.clone(), whole),
+            LayerWeight::Down => (whole, shard.ffn_columns.clone()),
+        },
+    })
+}
+
+/// Where each weight's bytes lie in the file.
+fn places<'a>(
+    file: &'a ModelFile,
+    bytes: &[u8],
+    config: &ModelConfig,
+) -> Vec<(Weight, Tensor<'a>, usize)> {
+    let layers = (0..config.layers).flat_map(|l| LAYER_WEIGHTS.map(|w| Weight::Layer(l, w)));
+    let weights = layers.chain([Weight::Embedding, Weight::OutputNorm]);
+    let tensors: Vec<_> = weights.map(|w| (w, file.weight(w).unwrap())).collect();
+    // All tensors lie in one map, so one that is found in the file gives the places of all.
+    let (_, known) = &tensors[0];
+    let found = bytes
+        .windows(known.data().len())
+        .position(|part| part == known.data())
+        .unwrap();
+    let base = (known.data().as_ptr() as usize).wrapping_sub(found);
+    let place = |tensor: &Tensor<'_>| (tensor.data().as_ptr() as usize).wrapping_sub(base);
+    tensors
+        .into_iter()
+        .map(|(weight, tensor)| {
+            let at = place(&tensor);
+            assert_eq!(&bytes[at..at + tensor.data().len()], tensor.data());
+            (weight, tensor, at)
+        })
+        .collect()
+}
+
+/// Writes the file with NaN as the scale of every block that does not belong to `shard`.
+fn poison(file: &ModelFile, bytes: &[u8], shard: &Shard, to: &Path) {
+    let config = file.config().unwrap();
+    let mut out = bytes.to_vec();
+    let mut poisoned = 0usize;
+    for (weight, tensor, at) in places(file, bytes, &config) {
+        let Some((rows, columns)) = share(weight, shard, &config) else {
+            continue;
+        };
+        // The formats of this file; each block of theirs begins with an f16 scale.
+        assert!(matches!(tensor.format(), Format::Q4_1 | Format::Q8_0));
+        let (block, block_bytes) = (tensor.format().block_len(), tensor.format().block_bytes());
+        let blocks = tensor.cols() / block;
+        for row in 0..tensor.rows() {
+            for column in 0..blocks {
+                let first = column * block;
+                if rows.contains(&row) && columns.contains(&first) {
+                    assert!(columns.contains(&(first + block - 1)), "a block is cut");
+                    continue;
+                }
+                let scale = at + (row * blocks + column) * block_bytes;
+                out[scale..scale + 2].copy_from_slice(&0x7e00u16.to_le_bytes());
+                poisoned += 1;
+            }
+        }
+    }
+    assert!(
+        poisoned > 100_000,
+        "only {poisoned} blocks are another rank's"
+    );
+    std::fs::write(to, out).unwrap();
+}
+
+#[test]
+fn a_rank_touches_no_byte_of_another_ranks_share() {
+    let path = smollm2();
+    let file = ModelFile::open(&path).unwrap();
+    let bytes = std::fs::read(&path).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let few = |model: &mut RankModel<Cpu>| answers(model, 0..3);
+    for speeds in [vec![1, 1, 1], vec![5, 1]] {
+        let plan = division(&file, &speeds);
+        let files: Vec<ModelFile> = plan
+            .shards
+            .iter()
+            .enumerate()
+            .map(|(rank, shard)| {
+                let own = folder.path().join(format!("{}-{rank}.gguf", speeds.len()));
+                poison(&file, &bytes, shard, &own);
+                ModelFile::open(own).unwrap()
+            })
+            .collect();
+        // The poison is seen by whoever has no business there.
+        for rank in 0..files.len() {
+            let foreign = &files[(rank + 1) % files.len()];
+            let error = Model::load(foreign, &plan, rank, cpu()).err();
+            assert!(
+                matches!(error, Some(Error::File(FileError::NotFinite { .. }))),
+                "rank {rank} loaded another's share: {error:?}"
+            );
+        }
+        // Nothing foreign is loaded, and nothing foreign gets into a single bit of the answers.
+        let good = on_ranks(&file, &plan, Over::Tcp, cpu, few);
+        assert_eq!(on_ranks_with(&files, &plan, Over::Tcp, cpu, few), good);
     }
 }
