@@ -314,7 +314,7 @@ async fn indexes_that_could_not_follow_are_built_again_before_anybody_searches_t
     assert_eq!(follower.indexes().chunks(), 0);
     // The other replica answers meanwhile.
     assert_eq!(
-        cluster.search(&owner, "erster Hund").await[0].document_id,
+        cluster.search_now(&owner, "erster Hund").await[0].document_id,
         document.id
     );
     follower.push(ready, &good);
