@@ -7,6 +7,7 @@ import { chromium } from "playwright-core";
 
 export const launch = () =>
   chromium.launch({
+    timeout: 120_000, // on a machine that builds at the same time
     executablePath: process.env.CHROMIUM || "/usr/bin/chromium",
     args: ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"],
   });

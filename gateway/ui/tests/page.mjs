@@ -9,6 +9,7 @@ import { createServer } from "node:http";
 import { launch, open, reachable, view as look } from "./chromium.mjs";
 
 const shots = process.argv[2];
+const WITHIN_MS = 120_000; // a bound against hanging, also on a machine that builds at the same time
 const KINDS = { html: "text/html", js: "text/javascript", css: "text/css", svg: "image/svg+xml" };
 const ME = { tenant: "musterstadt", name: "Stadt Musterstadt", admin: false, max_upload_bytes: 1024, max_collections: 32 };
 const CITATION = { number: 1, document_id: "doc_1", document: "satzung.pdf", page: 2, heading: "§ 3", passage: "96 Euro", score: 0.5, chunk: 1 };
@@ -245,7 +246,7 @@ try {
     reset();
     const opened = await open(browser, base);
     page = opened.page;
-    page.setDefaultTimeout(20_000);
+    page.setDefaultTimeout(WITHIN_MS);
     await run().catch((e) => {
       e.message = `${name}: ${e.message}`;
       throw e;
