@@ -10,8 +10,8 @@ use tokio::time::{Instant, sleep};
 
 use super::say;
 
-/// A node ends within 7 s (`node::SHUTDOWN_WITHIN` and the drain time); twice that on a busy machine.
-const ENDED_WITHIN: Duration = Duration::from_secs(15);
+/// A node ends within 7 s (`node::SHUTDOWN_WITHIN` and the drain time), and much later on a machine that is overloaded.
+const ENDED_WITHIN: Duration = Duration::from_secs(30);
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// Waits until no node of the cluster in `dir` runs any more.
