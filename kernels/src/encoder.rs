@@ -313,9 +313,9 @@ unsafe fn weigh<S: Simd, const N: usize>(
             }
         }
         if let [last] = last {
-            for n in 0..N {
+            for (n, sum) in even.iter_mut().enumerate() {
                 let value = S::load(values.add((p.len() - 1) * dim + n * S::LANES));
-                even[n] = S::fma(S::splat(*last), value, even[n]);
+                *sum = S::fma(S::splat(*last), value, *sum);
             }
         }
         for n in 0..N {

@@ -454,7 +454,7 @@ impl Device for Cpu {
         let target = kv.target(layer, k.len(), v.len(), slots);
         let kv = &*kv;
         let store = |part: usize| {
-            let (head, keys) = (part / 2, part % 2 == 0);
+            let (head, keys) = (part / 2, part.is_multiple_of(2));
             let rows = if keys { k.as_ptr() } else { v.as_ptr() };
             let job = attention::Store {
                 kv,
