@@ -17,7 +17,7 @@ pub(crate) mod wire;
 
 use std::collections::{HashMap, HashSet};
 use std::net::{SocketAddr, UdpSocket};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockWriteGuard};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -134,20 +134,15 @@ impl Transport {
     /// As [`Transport::register`], for names that are made at run time (at most 64 bytes).
     pub fn register_named(&self, service: String, handler: Arc<dyn Handler>) {
         debug_assert!(service.len() <= MAX_SERVICE_BYTES);
-        self.inner
-            .services
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .insert(service, handler);
+        // A handler's end may unregister others: it must come after the lock's. So below.
+        let before = self.inner.services_mut().insert(service, handler);
+        drop(before);
     }
 
     /// Offers the service no longer; running requests end as they like.
     pub fn unregister(&self, service: &str) {
-        self.inner
-            .services
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(service);
+        let before = self.inner.services_mut().remove(service);
+        drop(before);
     }
 
     /// Takes join requests (on their own protocol name) and asks `authority` about each.
@@ -299,16 +294,15 @@ impl Transport {
         self.endpoint.close(0u32.into(), b"the node shuts down");
         drop(tokio::time::timeout(DRAIN_TIMEOUT, self.endpoint.wait_idle()).await);
         // Handlers often hold this transport; without this neither would ever be freed.
-        self.inner
-            .services
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clear();
-        *self
+        let services = std::mem::take(&mut *self.inner.services_mut());
+        drop(services);
+        let authority = self
             .inner
             .join_authority
             .write()
-            .unwrap_or_else(PoisonError::into_inner) = None;
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        drop(authority);
         self.inner.lanes.clear();
     }
 }
@@ -331,6 +325,12 @@ impl Inner {
     fn budget(&self, node: NodeId) -> Budget {
         let mut budgets = self.budgets.lock().unwrap_or_else(PoisonError::into_inner);
         budgets.entry(node).or_insert_with(Budget::new).clone()
+    }
+
+    fn services_mut(&self) -> RwLockWriteGuard<'_, HashMap<String, Arc<dyn Handler>>> {
+        self.services
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn handler(&self, service: &str) -> Option<Arc<dyn Handler>> {

@@ -596,3 +596,26 @@ async fn a_shutdown_lets_a_running_request_end_and_takes_no_new_one() {
         Err(Error::Closed)
     ));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_that_unregisters_another_at_its_end_does_not_block_the_shutdown() {
+    struct Last(Transport);
+    impl Drop for Last {
+        fn drop(&mut self) {
+            self.0.unregister("other");
+        }
+    }
+    let node = Cluster::new().node(1);
+    let last = Last(node.clone());
+    node.register(
+        "holder",
+        handler(move |_, _, reply: Reply| {
+            let _ = &last;
+            async move { reply.answer(Bytes::new()).await }
+        }),
+    );
+    // On a task of its own: a lock taken twice would block the thread, which no timeout ends.
+    soon(tokio::spawn(async move { node.shutdown().await }))
+        .await
+        .expect("the shutdown");
+}
