@@ -48,7 +48,8 @@ pub fn fuse(arms: &Arms, top_k: usize) -> Vec<(ChunkRef, f32)> {
     let most = (text + dense) / RANK_OFFSET;
     let mut fused: Vec<(ChunkRef, f32)> = scores
         .into_iter()
-        .map(|(chunk, score)| (chunk, score / most))
+        // Rounding must not make it more than all.
+        .map(|(chunk, score)| (chunk, (score / most).min(1.0)))
         .collect();
     // Equal scores in the order of the chunks, so that the same question has the same answer on every replica.
     fused.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
