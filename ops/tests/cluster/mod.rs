@@ -377,13 +377,13 @@ impl Drop for Up {
     }
 }
 
-/// Ends a process that this test started: asks it to, and kills it when it has not after 10 s.
+/// Ends a process that this test started: asks it to, and kills it when it has not after 20 s: `up` gives its own children 10.
 pub fn end(child: &mut Child) {
     if child.try_wait().ok().flatten().is_some() {
         return;
     }
     signal(child.id() as i32, "TERM");
-    for _ in 0..200 {
+    for _ in 0..400 {
         if child.try_wait().ok().flatten().is_some() {
             return;
         }
