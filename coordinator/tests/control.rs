@@ -295,6 +295,11 @@ async fn what_is_accepted_survives_the_leader_and_reaches_every_node() {
 
     for round in 0..2 {
         let leader = status(&operator).await.leader.expect("a leader");
+        // One that is stopped before it has registered is missed by nobody.
+        watcher
+            .wait_for(PATIENCE, |s| s.nodes.get(&leader).is_some_and(|n| n.up))
+            .await
+            .expect("the leader is a member");
         world.stop(leader).await;
         accepted(&operator, create(&format!("after-{round}"))).await;
         let state = read(&operator).await;
