@@ -32,7 +32,7 @@ async fn bad_requests_are_refused_in_the_openai_form_and_harm_nothing() {
             json!({"model": MODEL, "messages": []}),
             400,
             "messages",
-            "at least one",
+            "1 to 2048",
         ),
         (
             chat,

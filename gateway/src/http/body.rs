@@ -123,8 +123,17 @@ pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     }
     serde_path_to_error::deserialize(&value).map_err(|error| {
         let param = param_name(error.path());
+        let inner = error.inner().to_string();
+        if let Some(field) = missing_field(&inner) {
+            let param = match param.as_str() {
+                "" => field.to_owned(),
+                parent => format!("{parent}.{field}"),
+            };
+            let message = format!("missing required parameter: {param}");
+            return ApiError::malformed("missing_required_parameter", message).with_param(param);
+        }
         let got = at(&value, error.path()).map_or("nothing", kind);
-        let why = readable(&error.inner().to_string());
+        let why = readable(&inner);
         let message = match (param.is_empty(), why.contains("got ")) {
             (true, _) => why,
             (false, true) => format!("{param}: {why}"),
@@ -137,6 +146,11 @@ pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
             error.with_param(param)
         }
     })
+}
+
+/// The field's name in serde's words for a field that is not there.
+fn missing_field(message: &str) -> Option<&str> {
+    message.strip_prefix("missing field `")?.split('`').next()
 }
 
 /// `messages[0].content` from a path.
@@ -305,7 +319,12 @@ mod tests {
                 None,
                 "expected a JSON object as the request's body, got an array",
             ),
-            ("{}", "invalid_type", None, "missing field `model`"),
+            (
+                "{}",
+                "missing_required_parameter",
+                Some("model"),
+                "missing required parameter: model",
+            ),
             (
                 r#"{"model":5}"#,
                 "invalid_type",
