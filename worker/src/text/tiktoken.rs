@@ -46,6 +46,13 @@ pub(super) fn read(file: &[u8]) -> Result<(tokenizers::Tokenizer, Vocabulary), E
             }
         }
     }
+    if ranks.is_empty() {
+        return Err(Error::broken(
+            key,
+            "lines of `base64 rank`",
+            "an empty file",
+        ));
+    }
     let by_bytes: HashMap<&[u8], usize> = ranks
         .iter()
         .enumerate()

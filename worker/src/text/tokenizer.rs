@@ -112,6 +112,13 @@ impl Tokenizer {
             serde_json::from_slice(bytes).map_err(|e| Error::broken(key, "JSON", e.to_string()))
         };
         let mut file = json(file, "tokenizer.json")?;
+        if !file.is_object() {
+            return Err(Error::broken(
+                "tokenizer.json",
+                "a JSON object",
+                "another value",
+            ));
+        }
         let config = config
             .map(|c| json(c, "tokenizer_config.json"))
             .transpose()?
