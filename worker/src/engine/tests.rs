@@ -487,7 +487,7 @@ fn a_dropped_receiver_frees_its_blocks() {
     assert_eq!(step.spans[0].blocks.len(), 4);
     assert_eq!(engine.active(), 1);
     gate.answer(&[END]);
-    assert_eq!(read(next).end, Ok((FinishReason::Stop, 49, 1)));
+    assert_eq!(read(next).end, Ok((FinishReason::Stop, 49, 0)));
     assert_idle(&engine);
 }
 
