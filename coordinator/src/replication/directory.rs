@@ -5,10 +5,15 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use super::Error;
+use crate::clock::{Duration, monotonic};
 use crate::ids::{NodeId, RaftGroupId};
 
 /// What this program writes and reads. A new number needs a migration, or a refusal that names the remedy.
 const FORMAT: &str = "verbund-replica 1";
+
+/// Who has just ended, or ends a last reading, holds the lock a moment longer; who works holds it for good.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+const LOCK_LOOK: Duration = Duration::from_millis(20);
 
 const FORMAT_FILE: &str = "FORMAT";
 const LOCK_FILE: &str = "LOCK";
@@ -31,12 +36,21 @@ impl Directory {
             .truncate(false)
             .open(&lock_path)
             .map_err(|e| storage(&lock_path, &e))?;
-        lock.try_lock().map_err(|e| match e {
-            TryLockError::WouldBlock => Error::Locked {
-                dir: path.to_owned(),
-            },
-            TryLockError::Error(e) => storage(&lock_path, &e),
-        })?;
+        let patience = monotonic() + LOCK_PATIENCE;
+        loop {
+            match lock.try_lock() {
+                Ok(()) => break,
+                Err(TryLockError::WouldBlock) if monotonic() < patience => {
+                    std::thread::sleep(LOCK_LOOK);
+                }
+                Err(TryLockError::WouldBlock) => {
+                    return Err(Error::Locked {
+                        dir: path.to_owned(),
+                    });
+                }
+                Err(TryLockError::Error(e)) => return Err(storage(&lock_path, &e)),
+            }
+        }
         check_format(path, group, node)?;
         Ok(Self {
             path: path.to_owned(),
