@@ -245,7 +245,18 @@ impl Inner {
         tasks.push(tokio::spawn(task));
     }
 
+    fn holds(&self, id: RaftGroupId) -> bool {
+        self.groups
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .contains_key(&id)
+    }
+
+    /// Starts a group unless it runs already, e.g. because its folder was there.
     fn start_group(self: &Arc<Self>, id: RaftGroupId, members: &[NodeId]) -> Result<(), Error> {
+        if self.holds(id) {
+            return Ok(());
+        }
         let dir = self.config.dir.join(format!("group-{id}"));
         std::fs::create_dir_all(&dir).map_err(|e| unusable(&dir, &e))?;
         keep_members(&dir, members)?;
@@ -344,12 +355,7 @@ async fn follow_control(inner: Arc<Inner>, control: ControlHandle) {
             .iter()
             .filter(|g| g.members.contains(&inner.config.node))
         {
-            let there = inner
-                .groups
-                .read()
-                .unwrap_or_else(PoisonError::into_inner)
-                .contains_key(&wanted.id);
-            if !there && let Err(error) = inner.start_group(wanted.id, &wanted.members) {
+            if let Err(error) = inner.start_group(wanted.id, &wanted.members) {
                 tracing::error!(group = wanted.id.0, %error, "store group does not start; trying again");
                 failed = true;
             }

@@ -20,7 +20,7 @@ static ONE_AT_A_TIME: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(())
 pub const GROUP: RaftGroupId = RaftGroupId(1);
 pub const CLUSTER_KEY: [u8; 32] = [7; 32];
 /// Long enough for a loaded machine; reached only when a test fails.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Where each node listens now, and who the group's members are.
 #[derive(Default)]
