@@ -195,10 +195,7 @@ impl Scheduler {
     fn find_blocks_for_decode(&mut self) {
         let ids: Vec<SequenceId> = self.running.keys().copied().collect();
         for id in ids {
-            loop {
-                let Some(sequence) = self.running.get_mut(&id) else {
-                    break;
-                };
+            while let Some(sequence) = self.running.get_mut(&id) {
                 if sequence
                     .table
                     .reserve(sequence.tokens.len(), &mut self.allocator)
