@@ -215,7 +215,7 @@ async fn every_refusal_is_openais_error_object() {
             site.request("POST", chat, &site.clerk)
                 .json(&json!({"model": "m"})),
             400,
-            "invalid_type",
+            "missing_required_parameter",
         ),
         (
             site.request("POST", chat, &site.clerk)

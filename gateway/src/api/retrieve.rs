@@ -139,21 +139,13 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_named() {
         let cases = [
-            (r#"{"collections":[]}"#, None, "query"),
-            (r#"{"query":" "}"#, Some("query"), "query"),
-            (
-                r#"{"query":"x","top_k":0}"#,
-                Some("top_k"),
-                "1 to 100, got 0",
-            ),
-            (
-                r#"{"query":"x","top_k":101}"#,
-                Some("top_k"),
-                "1 to 100, got 101",
-            ),
+            (r#"{"collections":[]}"#, "query", "query"),
+            (r#"{"query":" "}"#, "query", "query"),
+            (r#"{"query":"x","top_k":0}"#, "top_k", "1 to 100, got 0"),
+            (r#"{"query":"x","top_k":101}"#, "top_k", "1 to 100, got 101"),
             (
                 r#"{"query":"x","collections":"col_1"}"#,
-                Some("collections"),
+                "collections",
                 "expected an array",
             ),
         ];
@@ -163,7 +155,7 @@ mod tests {
                 .expect_err(body);
             assert_eq!(
                 (error.status().as_u16(), error.param()),
-                (400, param),
+                (400, Some(param)),
                 "{body}"
             );
             assert!(
