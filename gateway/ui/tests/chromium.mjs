@@ -27,6 +27,8 @@ export async function open(browser, base) {
 
 /** A screenshot of what is seen now, without violations by axe-core. */
 export async function view(page, folder, name) {
+  // What is still fading in has no contrast yet.
+  await page.evaluate(() => Promise.allSettled(document.getAnimations().map((a) => a.finished)));
   const { violations } = await new AxeBuilder({ page }).analyze();
   if (folder) await page.screenshot({ path: join(folder, `${name}.png`) });
   assert.deepEqual(violations.map((v) => `${v.id}: ${v.nodes.map((n) => n.html).join(" ")}`), [], `axe-core on ${name}`);
