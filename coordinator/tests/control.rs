@@ -463,9 +463,12 @@ async fn a_token_lets_one_node_in_and_a_removed_node_stays_out() {
     let world = World::start().await;
     let operator = world.operator();
     operator
-        .wait_for(PATIENCE, |s| !s.cluster.id.is_empty())
+        .wait_for(PATIENCE, |s| {
+            // A coordinator passes joins on only once it is a member itself.
+            !s.cluster.id.is_empty() && (1..=3).all(|id| s.nodes.contains_key(&NodeId(id)))
+        })
         .await
-        .expect("named");
+        .expect("named, and its coordinators are members");
     let roles = BTreeSet::from([Role::Worker, Role::Store]);
     let (token, command) = new_join_token(
         world.ca.fingerprint(),
