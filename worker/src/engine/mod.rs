@@ -16,7 +16,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use crate::client::{Event, GenerateRequest, InferError};
 use crate::model::{self, Candidates, RankModel, StepBatch};
-use crate::scheduler::Limits;
+use crate::scheduler::{Limits, SequenceId};
 use crate::text::{ChatTemplate, Tokenizer};
 
 pub use metrics::METRICS;
@@ -54,6 +54,20 @@ where
             tracing::debug!(%error, "followers could not be told to stop");
         }
     }
+}
+
+/// Guesses how sequences go on. What it guesses changes the speed of an answer, never its tokens: the engine draws each
+/// token from the model's own logits and keeps a guess only where it is that token.
+pub trait Drafter: Send + 'static {
+    /// A sequence comes, with its whole prompt.
+    fn begin(&mut self, id: SequenceId, prompt: &[u32]);
+    /// The tokens that may follow now; called before each step for each sequence that decodes. Nothing is fine.
+    fn draft(&mut self, id: SequenceId) -> Vec<u32>;
+    /// The sequence went on with `tokens`; `drafts` are the guesses that the step had taken up (some of the front of what was
+    /// offered), of which the first `tokens.len() - 1` were right.
+    fn took(&mut self, id: SequenceId, tokens: &[u32], drafts: &[u32]);
+    /// The sequence is over.
+    fn end(&mut self, id: SequenceId);
 }
 
 /// What an engine is given besides its ranks.
@@ -117,6 +131,7 @@ impl Shared {
 /// The engine's work, to be run on one thread.
 pub struct Runner<S> {
     stepper: S,
+    drafter: Option<Box<dyn Drafter>>,
     tokenizer: Arc<Tokenizer>,
     config: EngineConfig,
     submissions: std::sync::mpsc::Receiver<run::Submission>,
@@ -124,10 +139,17 @@ pub struct Runner<S> {
 }
 
 impl<S: Stepper> Runner<S> {
+    /// Has `drafter` guess; without one every step gives one token a sequence.
+    pub fn with_drafter(mut self, drafter: Box<dyn Drafter>) -> Self {
+        self.drafter = Some(drafter);
+        self
+    }
+
     /// Serves until the handle is dropped or the group breaks; [`Engine::broken`] tells why it ended.
     pub fn run(self) {
         run::run(
             self.stepper,
+            self.drafter,
             self.tokenizer,
             self.config,
             self.submissions,
@@ -165,6 +187,7 @@ impl Engine {
         let shared = Arc::new(Shared::default());
         let runner = Runner {
             stepper,
+            drafter: None,
             tokenizer: tokenizer.clone(),
             config,
             submissions,

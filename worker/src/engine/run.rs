@@ -9,11 +9,11 @@ use coordinator::Redacted;
 use coordinator::clock::monotonic;
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::{EngineConfig, METRICS, Prepared, RETRY_AFTER_S, Shared, Stepper, Ticket};
+use super::{Drafter, EngineConfig, METRICS, Prepared, RETRY_AFTER_S, Shared, Stepper, Ticket};
 use crate::client::{Event, FinishReason, InferError};
 use crate::model::{self, Candidates};
 use crate::sampling::Sampler;
-use crate::scheduler::{Planned, Refused, Scheduler, SequenceId};
+use crate::scheduler::{Planned, Refused, Sample, Scheduler, SequenceId};
 use crate::text::{Detokenizer, StopMatcher, StopOutcome, Tokenizer};
 
 /// How often an idle engine makes sure that its followers live, and looks whether its handle is gone.
@@ -41,6 +41,7 @@ struct Generation {
 
 struct EngineLoop<S> {
     stepper: S,
+    drafter: Option<Box<dyn Drafter>>,
     tokenizer: Arc<Tokenizer>,
     scheduler: Scheduler,
     generations: BTreeMap<SequenceId, Generation>,
@@ -53,6 +54,7 @@ struct EngineLoop<S> {
 /// Serves until the handle is dropped or the group breaks.
 pub(super) fn run<S: Stepper>(
     stepper: S,
+    drafter: Option<Box<dyn Drafter>>,
     tokenizer: Arc<Tokenizer>,
     config: EngineConfig,
     submissions: Receiver<Submission>,
@@ -61,6 +63,7 @@ pub(super) fn run<S: Stepper>(
     let _guard = DeathNotice(shared.clone());
     let mut engine = EngineLoop {
         stepper,
+        drafter,
         tokenizer,
         scheduler: Scheduler::new(config.limits),
         generations: BTreeMap::new(),
@@ -93,6 +96,16 @@ impl Drop for DeathNotice {
     }
 }
 
+fn refusal(refused: Refused) -> InferError {
+    match refused {
+        Refused::TooLong { tokens, context } => InferError::PromptTooLong { tokens, context },
+        Refused::Empty => InferError::invalid("prompt", "must not be empty".into()),
+        Refused::Full => InferError::Overloaded {
+            retry_after_s: RETRY_AFTER_S,
+        },
+    }
+}
+
 impl<S: Stepper> EngineLoop<S> {
     /// Returns why it ended.
     fn serve(&mut self, submissions: &Receiver<Submission>) -> String {
@@ -117,6 +130,7 @@ impl<S: Stepper> EngineLoop<S> {
                 }
             }
             self.drop_cancelled();
+            self.draft();
             if let Some(planned) = self.scheduler.plan()
                 && let Err(why) = self.step(planned)
             {
@@ -151,6 +165,9 @@ impl<S: Stepper> EngineLoop<S> {
             events,
             _ticket: ticket,
         };
+        if let Some(drafter) = &mut self.drafter {
+            drafter.begin(id, &prepared.tokens);
+        }
         match self.scheduler.submit(id, prepared.tenant, prepared.tokens) {
             Ok(()) => {
                 let _ = generation.events.send(Ok(Event::Started {
@@ -164,19 +181,27 @@ impl<S: Stepper> EngineLoop<S> {
                 }
                 self.generations.insert(id, generation);
             }
-            Err(Refused::TooLong { tokens, context }) => {
-                self.fail(generation, InferError::PromptTooLong { tokens, context })
+            Err(refused) => {
+                self.forget(id);
+                self.fail(generation, refusal(refused));
             }
-            Err(Refused::Empty) => self.fail(
-                generation,
-                InferError::invalid("prompt", "must not be empty".into()),
-            ),
-            Err(Refused::Full) => self.fail(
-                generation,
-                InferError::Overloaded {
-                    retry_after_s: RETRY_AFTER_S,
-                },
-            ),
+        }
+    }
+
+    /// Has the drafter guess for every sequence that decodes.
+    fn draft(&mut self) {
+        let Some(drafter) = &mut self.drafter else {
+            return;
+        };
+        let decoding: Vec<SequenceId> = self.scheduler.decoding().collect();
+        for id in decoding {
+            self.scheduler.draft(id, &drafter.draft(id));
+        }
+    }
+
+    fn forget(&mut self, id: SequenceId) {
+        if let Some(drafter) = &mut self.drafter {
+            drafter.end(id);
         }
     }
 
@@ -194,9 +219,9 @@ impl<S: Stepper> EngineLoop<S> {
 
     /// `Err` when the group is broken.
     fn step(&mut self, mut planned: Planned) -> Result<(), String> {
-        planned.batch.full_logits = planned.samples.iter().any(|id| {
+        planned.batch.full_logits = planned.samples.iter().any(|sample| {
             self.generations
-                .get(id)
+                .get(&sample.id)
                 .is_some_and(|g| g.sampler.needs_full_logits())
         });
         let started = monotonic();
@@ -215,23 +240,26 @@ impl<S: Stepper> EngineLoop<S> {
                 .batch
                 .tokens
                 .len()
-                .saturating_sub(planned.samples.len());
+                .saturating_sub(planned.batch.logits_rows.len());
             metrics
                 .tokens
                 .with_label_values(&[self.model.as_str(), "prompt"])
                 .inc_by(prompt_rows as u64);
         }
         match result {
-            Ok(candidates) if candidates.len() == planned.samples.len() => {
-                for (id, candidates) in planned.samples.iter().zip(&candidates) {
-                    self.sample(*id, candidates);
+            Ok(candidates) if candidates.len() == planned.batch.logits_rows.len() => {
+                let mut rest = candidates.as_slice();
+                for sample in &planned.samples {
+                    let (rows, others) = rest.split_at(sample.rows());
+                    rest = others;
+                    self.sample_rows(sample, rows);
                 }
                 Ok(())
             }
             Ok(candidates) => Err(format!(
                 "a step gave {} rows of logits, expected {}",
                 candidates.len(),
-                planned.samples.len()
+                planned.batch.logits_rows.len()
             )),
             // Nothing was computed and the ranks are in step: only the sequences of this step are lost.
             Err(error @ (model::Error::Step { .. } | model::Error::NotFinite)) => {
@@ -248,13 +276,31 @@ impl<S: Stepper> EngineLoop<S> {
         }
     }
 
-    fn sample(&mut self, id: SequenceId, candidates: &Candidates) {
-        let Some(position) = self.scheduler.length(id) else {
+    /// Takes a sequence's tokens from its rows: each as plain decoding would, the next row only if its draft was right.
+    fn sample_rows(&mut self, sample: &Sample, rows: &[Candidates]) {
+        let id = sample.id;
+        let Some(first) = self.scheduler.length(id) else {
             return;
         };
-        let Some(generation) = self.generations.get_mut(&id) else {
-            return;
-        };
+        let mut taken = Vec::with_capacity(rows.len());
+        for (i, candidates) in rows.iter().enumerate() {
+            let Some(token) = self.sample(id, first + i, candidates) else {
+                return;
+            };
+            taken.push(token);
+            if sample.drafts.get(i) != Some(&token) {
+                break;
+            }
+        }
+        if let Some(drafter) = &mut self.drafter {
+            drafter.took(id, &taken, &sample.drafts);
+        }
+        self.scheduler.accept(id, &taken);
+    }
+
+    /// Draws the token at `position` and tells it. `None` when the generation is over.
+    fn sample(&mut self, id: SequenceId, position: usize, candidates: &Candidates) -> Option<u32> {
+        let generation = self.generations.get_mut(&id)?;
         let token = match &candidates.full {
             Some(logits) => {
                 let pairs: Vec<(u32, f32)> = logits
@@ -272,10 +318,11 @@ impl<S: Stepper> EngineLoop<S> {
             if let Some(generation) = self.take(id) {
                 self.fail(generation, InferError::Internal { why });
             }
-            return;
+            return None;
         };
         if self.tokenizer.is_end(token) {
-            return self.finish(id, FinishReason::Stop);
+            self.finish(id, FinishReason::Stop);
+            return None;
         }
         generation.completion_tokens += 1;
         generation.sampler.accept(token);
@@ -298,12 +345,14 @@ impl<S: Stepper> EngineLoop<S> {
         } else if ended {
             self.finish(id, FinishReason::Length);
         } else {
-            self.scheduler.append(id, token);
+            return Some(token);
         }
+        None
     }
 
     fn take(&mut self, id: SequenceId) -> Option<Generation> {
         self.scheduler.remove(id);
+        self.forget(id);
         self.generations.remove(&id)
     }
 

@@ -1,5 +1,6 @@
 //! The life of generations, against ranks that do what a script says, and once against a real small model.
 
+mod drafting;
 mod failing;
 mod preparing;
 

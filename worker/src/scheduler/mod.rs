@@ -42,12 +42,28 @@ pub enum Refused {
     Full,
 }
 
+/// A sequence that wants tokens of a step.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sample {
+    pub id: SequenceId,
+    /// Guesses that the step computes besides the last token. The row after which draft `i` is expected comes `i` rows
+    /// after the sample's first.
+    pub drafts: Vec<u32>,
+}
+
+impl Sample {
+    /// Rows of logits that it has in the step.
+    pub fn rows(&self) -> usize {
+        1 + self.drafts.len()
+    }
+}
+
 /// A step to take.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Planned {
     pub batch: StepBatch,
-    /// For each of the batch's `logits_rows`: whose next token it gives.
-    pub samples: Vec<SequenceId>,
+    /// Whose next tokens the batch's `logits_rows` give: [`Sample::rows`] of them each, in this order.
+    pub samples: Vec<Sample>,
     /// For each of the batch's `spans`: whose rows these are.
     pub owners: Vec<SequenceId>,
 }
@@ -59,7 +75,16 @@ struct Sequence {
     /// Tokens whose keys and values are in the cache.
     computed: usize,
     table: BlockTable,
+    /// Offered for the next step, or verified by the one under way.
+    drafts: Vec<u32>,
     preempted: bool,
+}
+
+impl Sequence {
+    /// Whether only the last token is left to compute.
+    fn decodes(&self) -> bool {
+        self.tokens.len() - self.computed == 1
+    }
 }
 
 /// The state between two steps.
@@ -125,16 +150,49 @@ impl Scheduler {
             tokens,
             computed: 0,
             table: BlockTable::default(),
+            drafts: Vec::new(),
             preempted: false,
         };
         self.waiting.insert(id, sequence);
         Ok(())
     }
 
-    /// Adds the token that a sample gave. Returns the sequence's length, or `None` if it is gone.
-    pub fn append(&mut self, id: SequenceId, token: u32) -> Option<usize> {
+    /// Sequences of which the next step computes the last token: those that drafts may be offered for.
+    pub fn decoding(&self) -> impl Iterator<Item = SequenceId> {
+        self.running
+            .iter()
+            .filter(|(_, s)| s.decodes())
+            .map(|(&id, _)| id)
+    }
+
+    /// Offers guesses how a decoding sequence goes on. The next step takes as many of them, from the front, as it has rows,
+    /// blocks and context for after everybody else was served; the rest is forgotten. An offer for another sequence counts for
+    /// nothing.
+    pub fn draft(&mut self, id: SequenceId, drafts: &[u32]) {
+        if let Some(sequence) = self.running.get_mut(&id)
+            && sequence.decodes()
+        {
+            sequence.drafts = drafts.to_vec();
+        }
+    }
+
+    /// Adds the tokens that a sample gave: the drafts that were right, and one more. Blocks that only wrong drafts needed are
+    /// free then. Returns the sequence's length, or `None` if it is gone.
+    pub fn accept(&mut self, id: SequenceId, tokens: &[u32]) -> Option<usize> {
         let sequence = self.running.get_mut(&id)?;
-        sequence.tokens.push(token);
+        let right = tokens.len().saturating_sub(1);
+        debug_assert_eq!(
+            sequence.drafts.get(..right),
+            tokens.get(..right),
+            "all taken tokens but the last were drafts of the step"
+        );
+        sequence.drafts.clear();
+        sequence.tokens.extend_from_slice(tokens);
+        // What wrong drafts left in the cache lies behind this, and is written over by the tokens that come instead.
+        sequence.computed = sequence.tokens.len() - 1;
+        sequence
+            .table
+            .shrink(sequence.tokens.len(), &mut self.allocator);
         Some(sequence.tokens.len())
     }
 
@@ -158,35 +216,56 @@ impl Scheduler {
     }
 
     /// The next step, or `None` when there is nothing to compute. Its rows count as computed from here on; each sample
-    /// wants [`Self::append`] or [`Self::remove`] before the next call.
+    /// wants [`Self::accept`] or [`Self::remove`] before the next call.
     pub fn plan(&mut self) -> Option<Planned> {
+        self.find_blocks_for_decode();
+        let mut rows: BTreeMap<SequenceId, usize> = self.decoding().map(|id| (id, 1)).collect();
+        let mut room = self.limits.step_rows - rows.len();
+        let prefilling: Vec<SequenceId> = self
+            .running
+            .iter()
+            .filter(|(_, s)| !s.decodes())
+            .map(|(&id, _)| id)
+            .collect();
+        let mut order: Vec<SequenceId> = rows.keys().copied().chain(prefilling.clone()).collect();
+        let mut give = |running: &BTreeMap<SequenceId, Sequence>, id, room: &mut usize| {
+            let Some(sequence) = running.get(&id) else {
+                return;
+            };
+            let chunk = (*room).min(sequence.tokens.len() - sequence.computed);
+            rows.insert(id, chunk);
+            *room -= chunk;
+        };
+        for id in prefilling {
+            give(&self.running, id, &mut room);
+        }
+        while room > 0 {
+            let Some(id) = self.admit() else { break };
+            order.push(id);
+            give(&self.running, id, &mut room);
+        }
+        // Drafts are bets: they take only what nobody has a certain use for.
+        let capacity = self.capacity_tokens();
+        for sequence in self.running.values_mut() {
+            let len = sequence.tokens.len();
+            // With all drafts right, one more token comes; the last of them needs no place in the cache.
+            let most = room.min(capacity.saturating_sub(len + 1));
+            sequence.drafts.truncate(most);
+            while sequence
+                .table
+                .reserve(len + sequence.drafts.len(), &mut self.allocator)
+                .is_err()
+                && sequence.drafts.pop().is_some()
+            {}
+            room -= sequence.drafts.len();
+        }
         let mut planned = Planned {
             batch: StepBatch::default(),
             samples: Vec::new(),
             owners: Vec::new(),
         };
-        self.find_blocks_for_decode();
-        let decoding: Vec<SequenceId> = self
-            .running
-            .iter()
-            .filter(|(_, s)| s.tokens.len() - s.computed == 1)
-            .map(|(&id, _)| id)
-            .collect();
-        for id in decoding {
-            self.take_rows(id, &mut planned);
-        }
-        let prefilling: Vec<SequenceId> = self
-            .running
-            .iter()
-            .filter(|(_, s)| s.tokens.len() - s.computed > 1)
-            .map(|(&id, _)| id)
-            .collect();
-        for id in prefilling {
-            self.take_rows(id, &mut planned);
-        }
-        while planned.batch.tokens.len() < self.limits.step_rows {
-            let Some(id) = self.admit() else { break };
-            self.take_rows(id, &mut planned);
+        for id in order {
+            self.take_rows(id, rows.get(&id).copied().unwrap_or(0), &mut planned);
         }
         (!planned.batch.tokens.is_empty()).then_some(planned)
     }
@@ -212,6 +291,7 @@ impl Scheduler {
         if let Some((id, mut sequence)) = self.running.pop_last() {
             sequence.table.release(&mut self.allocator);
             sequence.computed = 0;
+            sequence.drafts.clear();
             sequence.preempted = true;
             self.preemptions += 1;
             self.waiting.insert(id, sequence);
@@ -253,41 +333,45 @@ impl Scheduler {
         Some(id)
     }
 
-    /// Puts as many of a sequence's uncomputed tokens into the step as fit.
-    fn take_rows(&mut self, id: SequenceId, planned: &mut Planned) {
-        let Some(sequence) = self.running.get_mut(&id) else {
+    /// Puts `rows` of a sequence's uncomputed tokens into the step, and its drafts behind the last of them.
+    fn take_rows(&mut self, id: SequenceId, rows: usize, planned: &mut Planned) {
+        let Some(sequence) = self.running.get_mut(&id).filter(|_| rows > 0) else {
             return;
         };
         let batch = &mut planned.batch;
-        let room = self.limits.step_rows - batch.tokens.len();
-        let from = sequence.computed;
-        let to = sequence.tokens.len().min(from + room);
-        if from == to {
-            return;
-        }
+        let (from, to) = (sequence.computed, sequence.computed + rows);
+        let whole = to == sequence.tokens.len();
+        let drafts = if whole {
+            sequence.drafts.as_slice()
+        } else {
+            &[]
+        };
         let first_row = batch.tokens.len();
-        for position in from..to {
+        let tokens = sequence.tokens[from..to].iter().chain(drafts);
+        for (position, &token) in (from..).zip(tokens) {
             let Some(slot) = sequence.table.slot(position) else {
                 return;
             };
             batch.slots.push(slot);
-            batch.tokens.push(sequence.tokens[position]);
+            batch.tokens.push(token);
             batch.positions.push(position as u32);
         }
-        let held = BlockTable::blocks_for(to);
+        let held = BlockTable::blocks_for(to + drafts.len());
         let mut blocks = sequence.table.ids();
         blocks.truncate(held);
         batch.spans.push(Span {
             first_row,
-            rows: to - from,
+            rows: rows + drafts.len(),
             context: from,
             blocks,
         });
         planned.owners.push(id);
         sequence.computed = to;
-        if to == sequence.tokens.len() {
-            batch.logits_rows.push(batch.tokens.len() as u32 - 1);
-            planned.samples.push(id);
+        if whole {
+            let last = (first_row + rows - 1) as u32;
+            batch.logits_rows.extend(last..batch.tokens.len() as u32);
+            let drafts = drafts.to_vec();
+            planned.samples.push(Sample { id, drafts });
         }
     }
 

@@ -22,6 +22,10 @@ fn prompt(len: usize) -> Vec<u32> {
     (0..len as u32).collect()
 }
 
+fn ids(step: &Planned) -> Vec<SequenceId> {
+    step.samples.iter().map(|s| s.id).collect()
+}
+
 #[test]
 fn a_prompt_goes_in_chunks_and_gives_one_sample_at_its_end() {
     let mut s = Scheduler::new(limits());
@@ -37,7 +41,7 @@ fn a_newcomer_joins_while_another_decodes() {
     let mut s = Scheduler::new(limits());
     s.submit(SequenceId(1), tenant(1), prompt(3)).unwrap();
     s.plan().unwrap();
-    s.append(SequenceId(1), 9);
+    s.accept(SequenceId(1), &[9]);
     s.submit(SequenceId(2), tenant(1), prompt(40)).unwrap();
     let step = s.plan().unwrap();
     assert_eq!(step.batch.tokens.len(), 32);
@@ -50,10 +54,10 @@ fn a_newcomer_joins_while_another_decodes() {
             blocks: vec![0]
         }
     );
-    assert_eq!(step.samples, [SequenceId(1)]);
-    s.append(SequenceId(1), 9);
+    assert_eq!(ids(&step), [SequenceId(1)]);
+    s.accept(SequenceId(1), &[9]);
     let step = s.plan().unwrap();
-    assert_eq!(step.samples, [SequenceId(1), SequenceId(2)]);
+    assert_eq!(ids(&step), [SequenceId(1), SequenceId(2)]);
     assert_eq!(step.batch.spans[1].context, 31);
 }
 
@@ -105,7 +109,7 @@ fn a_tenant_with_many_requests_does_not_keep_another_out() {
     }
     s.submit(SequenceId(6), tenant(2), prompt(4)).unwrap();
     let step = s.plan().unwrap();
-    assert_eq!(step.samples, [SequenceId(1), SequenceId(6)]);
+    assert_eq!(ids(&step), [SequenceId(1), SequenceId(6)]);
 }
 
 #[test]
@@ -120,9 +124,9 @@ fn the_youngest_gives_way_when_blocks_run_out() {
     let mut order = Vec::new();
     for _ in 0..40 {
         let Some(step) = s.plan() else { break };
-        for &id in &step.samples {
+        for id in ids(&step) {
             order.push(id.0);
-            if s.append(id, 1).unwrap() >= 40 {
+            if s.accept(id, &[1]).unwrap() >= 40 {
                 s.remove(id);
             }
         }
@@ -134,6 +138,60 @@ fn the_youngest_gives_way_when_blocks_run_out() {
         "the preempted one goes on afterwards"
     );
     assert_eq!(order.iter().filter(|&&id| id == 1).count(), 24);
+}
+
+#[test]
+fn drafts_take_only_the_rows_and_blocks_that_nobody_needs() {
+    let limits = Limits {
+        step_rows: 8,
+        blocks: 4,
+        ..limits()
+    };
+    let mut s = Scheduler::new(limits);
+    s.submit(SequenceId(1), tenant(1), prompt(4)).unwrap();
+    s.plan().unwrap();
+    s.accept(SequenceId(1), &[20]);
+    s.submit(SequenceId(2), tenant(1), prompt(12)).unwrap();
+    s.draft(SequenceId(1), &[21, 22, 23]);
+    // Seven rows of the prompt, and none left for a guess.
+    let step = s.plan().unwrap();
+    assert_eq!(
+        step.batch.spans.iter().map(|s| s.rows).collect::<Vec<_>>(),
+        [1, 7]
+    );
+    assert!(step.samples[0].drafts.is_empty());
+    s.accept(SequenceId(1), &[21]);
+    s.draft(SequenceId(1), &[22, 23, 24, 25]);
+    let step = s.plan().unwrap();
+    assert_eq!(step.samples[0].drafts, [22, 23]);
+    assert_eq!(step.batch.logits_rows, [0, 1, 2, 7]);
+    assert_eq!(step.batch.tokens[..3], [21, 22, 23]);
+    // The first draft was right, the second not.
+    assert_eq!(s.accept(SequenceId(1), &[22, 30]), Some(8));
+    assert_eq!(s.accept(SequenceId(2), &[40]), Some(13));
+    s.remove(SequenceId(2));
+    let step = s.plan().unwrap();
+    assert_eq!(
+        (step.batch.tokens, step.batch.positions),
+        (vec![30], vec![7])
+    );
+    assert_eq!(step.batch.spans[0].context, 7);
+    // A draft that would need a block beyond the last is not taken, and wrong ones give theirs back.
+    s.accept(SequenceId(1), &[31]);
+    s.submit(SequenceId(3), tenant(1), prompt(40)).unwrap();
+    for _ in 0..6 {
+        let step = s.plan().unwrap();
+        for id in ids(&step) {
+            s.accept(id, &[31]);
+        }
+    }
+    s.remove(SequenceId(3));
+    assert_eq!((s.length(SequenceId(1)), s.used_blocks()), (Some(15), 1));
+    s.draft(SequenceId(1), &[1, 2, 3]);
+    assert_eq!(s.plan().unwrap().samples[0].drafts, [1, 2, 3]);
+    assert_eq!(s.used_blocks(), 2);
+    s.accept(SequenceId(1), &[9]);
+    assert_eq!(s.used_blocks(), 1);
 }
 
 #[derive(Debug, Clone)]
@@ -160,7 +218,22 @@ struct Expected {
     goal: usize,
 }
 
-/// Checks a step against the model of what every sequence has, and plays the engine: appends or finishes.
+/// Token of a sequence's answer at a position. Tokens name their sequence, so that a span of the wrong one is seen.
+fn token(id: SequenceId, position: usize) -> u32 {
+    id.0 as u32 * 1000 + position as u32
+}
+
+/// Offers each decoding sequence `right` drafts and then `wrong` ones.
+fn offer(s: &mut Scheduler, right: usize, wrong: usize) {
+    let decoding: Vec<SequenceId> = s.decoding().collect();
+    for id in decoding {
+        let len = s.length(id).unwrap();
+        let guess = |i: usize| if i < right { token(id, len + i) } else { 7 };
+        s.draft(id, &(0..right + wrong).map(guess).collect::<Vec<u32>>());
+    }
+}
+
+/// Checks a step against the model of what every sequence has, and plays the engine: accepts or finishes.
 fn take(
     s: &mut Scheduler,
     step: &Planned,
@@ -175,7 +248,7 @@ fn take(
     let mut blocks = BTreeSet::new();
     let mut slots = BTreeSet::new();
     let mut samples = step.samples.iter();
-    for span in &batch.spans {
+    for (span, &owner) in batch.spans.iter().zip(&step.owners) {
         for &block in &span.blocks {
             prop_assert!((block as usize) < limits.blocks, "block beyond the cache");
             prop_assert!(blocks.insert(block), "block {block} shared");
@@ -190,37 +263,48 @@ fn take(
             prop_assert_eq!(batch.slots[row], slot);
             prop_assert!(slots.insert(slot));
         }
-        // The span must continue exactly one living sequence, from where it was or from its beginning.
-        let tokens = &batch.tokens[range.clone()];
-        let owner = alive.iter_mut().find(|(_, e)| {
-            (e.computed == span.context || span.context == 0)
-                && e.tokens.len() >= span.context + span.rows
-                && e.tokens[span.context..span.context + span.rows] == *tokens
-        });
-        prop_assert!(owner.is_some(), "a span of nobody");
-        if let Some((id, expected)) = owner {
-            expected.computed = span.context + span.rows;
-            let sampled = batch.logits_rows.contains(&(range.end as u32 - 1));
-            prop_assert_eq!(sampled, expected.computed == expected.tokens.len());
-            if sampled {
-                prop_assert_eq!(samples.next(), Some(id));
-            }
+        // The span must continue its owner, from where it was or from its beginning, with drafts at the end only.
+        let (id, expected) = (owner, alive.get_mut(&owner).unwrap());
+        prop_assert!(expected.computed == span.context || span.context == 0);
+        let known = span.rows.min(expected.tokens.len() - span.context);
+        let (tokens, drafts) = batch.tokens[range.clone()].split_at(known);
+        prop_assert_eq!(tokens, &expected.tokens[span.context..span.context + known]);
+        expected.computed = span.context + known;
+        let wanted: Vec<u32> = batch
+            .logits_rows
+            .iter()
+            .copied()
+            .filter(|&row| range.contains(&(row as usize)))
+            .collect();
+        if expected.computed < expected.tokens.len() {
+            prop_assert!(wanted.is_empty() && drafts.is_empty());
+            continue;
         }
+        let sample = samples.next().unwrap();
+        prop_assert_eq!((sample.id, sample.drafts.as_slice()), (id, drafts));
+        let first = range.start + known - 1;
+        prop_assert_eq!(wanted, (first as u32..range.end as u32).collect::<Vec<_>>());
     }
     prop_assert_eq!(samples.next(), None);
     prop_assert!(s.used_blocks() <= limits.blocks);
     prop_assert!(s.running() <= limits.max_sequences);
-    for &id in &step.samples {
-        let expected = alive.get_mut(&id).unwrap();
-        // Tokens name their sequence, so that a span of the wrong one is seen.
-        expected
-            .tokens
-            .push(id.0 as u32 * 1000 + expected.tokens.len() as u32);
-        let len = s.append(id, *expected.tokens.last().unwrap()).unwrap();
-        prop_assert_eq!(len, expected.tokens.len());
-        if len >= expected.goal {
+    for Sample { id, drafts } in &step.samples {
+        let (id, expected) = (*id, alive.get_mut(id).unwrap());
+        let mut taken = Vec::new();
+        for row in 0..=drafts.len() {
+            let next = token(id, expected.tokens.len());
+            expected.tokens.push(next);
+            taken.push(next);
+            if expected.tokens.len() >= expected.goal || drafts.get(row) != Some(&next) {
+                break;
+            }
+        }
+        if expected.tokens.len() >= expected.goal {
             prop_assert!(s.remove(id));
             alive.remove(&id);
+        } else {
+            prop_assert_eq!(s.accept(id, &taken), Some(expected.tokens.len()));
+            expected.computed = expected.tokens.len() - 1;
         }
     }
     Ok(())
@@ -235,6 +319,8 @@ proptest! {
         step_rows in 1usize..48,
         blocks in 2usize..24,
         answer in 1usize..60,
+        right in 0usize..6,
+        wrong in 0usize..6,
     ) {
         let limits = Limits { max_sequences: max_sequences.min(step_rows), max_waiting: 10, step_rows, context_tokens: 200, blocks };
         let mut s = Scheduler::new(limits);
@@ -245,7 +331,7 @@ proptest! {
                 Action::Submit { len, tenant: of } => {
                     next += 1;
                     let id = SequenceId(next);
-                    let tokens: Vec<u32> = (0..len as u32).map(|t| next as u32 * 1000 + t).collect();
+                    let tokens: Vec<u32> = (0..len).map(|t| token(id, t)).collect();
                     match s.submit(id, tenant(of), tokens.clone()) {
                         Ok(()) => {
                             let goal = (len + answer).min(s.capacity_tokens());
@@ -265,10 +351,13 @@ proptest! {
                         alive.remove(&id);
                     }
                 }
-                Action::Step => match s.plan() {
-                    Some(step) => take(&mut s, &step, &mut alive, &limits)?,
-                    None => prop_assert!(alive.is_empty(), "work is left and no step comes"),
-                },
+                Action::Step => {
+                    offer(&mut s, right, wrong);
+                    match s.plan() {
+                        Some(step) => take(&mut s, &step, &mut alive, &limits)?,
+                        None => prop_assert!(alive.is_empty(), "work is left and no step comes"),
+                    }
+                }
             }
             prop_assert_eq!(s.running() + s.waiting(), alive.len());
         }

@@ -97,6 +97,14 @@ impl BlockTable {
         Ok(())
     }
 
+    /// Gives back the blocks beyond those that `positions` positions need.
+    pub fn shrink(&mut self, positions: usize, allocator: &mut BlockAllocator) {
+        let kept = Self::blocks_for(positions).min(self.blocks.len());
+        for block in self.blocks.drain(kept..) {
+            allocator.give_back(block);
+        }
+    }
+
     /// Gives all blocks back.
     pub fn release(&mut self, allocator: &mut BlockAllocator) {
         for block in self.blocks.drain(..) {
