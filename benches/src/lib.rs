@@ -1,4 +1,9 @@
-//! What the benchmark programs share. Belongs here: how a figure is drawn or written down. Does not belong here: what is measured
-//! (`bin/`).
+//! What the benchmark programs in `bin/` are made of. Nothing here is part of a running cluster.
+//!
+//! - [`shapes`]: model files of random weights in the shapes of real models.
+//! - [`load`]: a load generator for any server with OpenAI's interface.
+//! - [`plot`]: how figures are drawn.
 
+pub mod load;
 pub mod plot;
+pub mod shapes;
