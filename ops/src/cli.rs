@@ -310,8 +310,18 @@ enum Key {
 struct Bench {
     #[arg(long, value_name = "PATH")]
     model: PathBuf,
+    /// Of all ranks together; 0 takes as many as there are cores
     #[arg(long, default_value_t = 0)]
     threads: usize,
+    /// Ranks that share the model, each in a thread of this process
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=16))]
+    ranks: u8,
+    /// Let the ranks sum over TCP, as on several hosts, instead of through shared memory
+    #[arg(long)]
+    tcp: bool,
+    /// How sums travel over TCP: exact, f32, bf16 or int8
+    #[arg(long, default_value_t, requires = "tcp")]
+    wire: worker::collective::Wire,
     /// Prompt tokens to prefill
     #[arg(short = 'p', long = "prompt", default_value_t = 512)]
     prefill: usize,
@@ -478,6 +488,11 @@ impl Bench {
         let report = bench::run(&BenchOptions {
             model: self.model,
             threads: self.threads,
+            ranks: bench::Ranks {
+                count: self.ranks.into(),
+                tcp: self.tcp,
+                wire: self.wire,
+            },
             prefill: self.prefill,
             decode: self.decode,
             batch: self.batch,

@@ -1,16 +1,19 @@
 //! The engine alone, measured: prefill and decode of random tokens, and perplexity of a text. No cluster, no sampler.
 
+mod group;
+
 use std::path::PathBuf;
 use std::time::Instant;
 
 use kernels::{BLOCK_TOKENS, Cpu, Device, Isa};
 use serde::{Deserialize, Serialize};
 
-use crate::collective::Local;
 use crate::file::{ModelConfig, ModelFile};
 use crate::kv::{BlockAllocator, BlockTable};
 use crate::model::{self, RankModel, Span, StepBatch};
-use crate::plan::ShardPlan;
+use crate::plan::{RankCapacity, plan};
+
+pub use group::Ranks;
 
 /// Rows of one prefill step: what a worker's scheduler takes at most in a step unless told otherwise.
 pub const PREFILL_ROWS: usize = 256;
@@ -21,8 +24,9 @@ const REPEATS: usize = 3;
 #[derive(Debug, Clone)]
 pub struct BenchOptions {
     pub model: PathBuf,
-    /// 0 takes as many as there are cores.
+    /// Of all ranks together; 0 takes as many as there are cores.
     pub threads: usize,
+    pub ranks: Ranks,
     /// Prompt tokens to prefill, in one sequence; 0 leaves it out.
     pub prefill: usize,
     /// Tokens to decode, in each sequence; 0 leaves it out.
@@ -40,6 +44,7 @@ pub struct BenchOptions {
 pub struct BenchReport {
     pub model: String,
     pub threads: usize,
+    pub ranks: usize,
     pub isa: String,
     pub prefill_tokens: usize,
     pub decode_tokens: usize,
@@ -133,36 +138,39 @@ pub fn run(options: &BenchOptions) -> Result<BenchReport, Error> {
         });
     }
     let isa = Isa::detect();
-    let mut plan = ShardPlan::whole(&config, longest).map_err(model::Error::from)?;
+    let capacity = RankCapacity {
+        memory_bytes: u64::MAX / 4,
+        read_bytes_per_s: 1,
+    };
+    let capacities = vec![capacity; options.ranks.count.max(1)];
+    let mut plan = plan(&config, &capacities, longest).map_err(model::Error::from)?;
     plan.kv_blocks = BlockTable::blocks_for(options.prefill.max(options.context))
         .max(batch * BlockTable::blocks_for(options.decode + 1))
         .max(1);
-    let start = Instant::now();
-    let mut rank = RankModel::load(
-        &file,
-        &plan,
-        Box::new(Local::default()),
-        Cpu::new(threads, isa),
-    )?;
-    let load_s = start.elapsed().as_secs_f64();
-
-    let text = options.perplexity.as_ref().map(|path| -> Result<_, Error> {
-        let text = std::fs::read_to_string(path).map_err(|source| Error::Input {
-            path: path.clone(),
-            source,
-        })?;
-        let tokenizer = crate::text::load(&file)?.tokenizer;
-        let tokens = tokenizer.encode_prompt(&text)?;
-        let bos = tokenizer.bos().filter(|bos| tokens.first() == Some(bos));
-        perplexity(&mut rank, &tokens, options.context, bos)
-    });
-    let perplexity = text.transpose()?;
-    let prefill = best(options.prefill, || prefill(&mut rank, options.prefill))?;
-    let decode = best(options.decode, || decode(&mut rank, batch, options.decode))?;
+    let measure = |rank: &mut RankModel<Cpu>| {
+        let text = options.perplexity.as_ref().map(|path| -> Result<_, Error> {
+            let text = std::fs::read_to_string(path).map_err(|source| Error::Input {
+                path: path.clone(),
+                source,
+            })?;
+            let tokenizer = crate::text::load(&file)?.tokenizer;
+            let tokens = tokenizer.encode_prompt(&text)?;
+            let bos = tokenizer.bos().filter(|bos| tokens.first() == Some(bos));
+            perplexity(rank, &tokens, options.context, bos)
+        });
+        let perplexity = text.transpose()?;
+        let prefill = best(options.prefill, || prefill(rank, options.prefill))?;
+        let decode = best(options.decode, || decode(rank, batch, options.decode))?;
+        Ok((perplexity, prefill, decode, rank.numbers().weight_bytes))
+    };
+    let ((perplexity, prefill, decode, leader_bytes), load_s) =
+        group::on_ranks(&file, &plan, &options.ranks, threads, isa, measure)?;
+    // What the other ranks packed is known to them alone; a share takes about as many bytes as in the file.
+    let others = plan.shards.iter().skip(1).map(|shard| shard.weight_bytes);
+    let weight_bytes = leader_bytes + others.sum::<u64>();
 
     let read_bytes_per_s = kernels::measure::read_bandwidth(threads);
     let int8_ops_per_s = kernels::measure::int8_peak(threads);
-    let weight_bytes = rank.numbers().weight_bytes;
     let limits = Limits {
         read_bytes_per_s,
         decode_steps_per_s: read_bytes_per_s / weight_bytes.max(1) as f64,
@@ -176,6 +184,7 @@ pub fn run(options: &BenchOptions) -> Result<BenchReport, Error> {
             config.name
         },
         threads,
+        ranks: capacities.len(),
         isa: isa.name().into(),
         prefill_tokens: options.prefill,
         decode_tokens: options.decode,
@@ -199,13 +208,14 @@ impl std::fmt::Display for BenchReport {
         let BenchReport {
             model,
             threads,
+            ranks,
             isa,
             limits,
             ..
         } = self;
         writeln!(
             f,
-            "{model} · {threads} threads · {isa} · loaded in {:.2} s",
+            "{model} · {ranks} ranks · {threads} threads · {isa} · loaded in {:.2} s",
             self.load_s
         )?;
         if let Some(rate) = self.prefill_tokens_per_s {

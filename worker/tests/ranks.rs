@@ -96,6 +96,50 @@ fn one_two_and_three_ranks_give_the_same_greedy_text_on_twenty_prompts() {
 }
 
 #[test]
+fn a_prompt_that_is_computed_in_halves_while_sums_travel_gives_the_same_bits() {
+    let file = ModelFile::open(smollm2()).unwrap();
+    let last_logits = |model: &mut RankModel<Cpu>| {
+        // The first cut falls into the first sequence, later ones into others; the logits lie in both halves.
+        let lengths = [150, 9, 70];
+        let mut first_block = 0;
+        let mut places = Vec::new();
+        for length in lengths {
+            let blocks = (2usize * length).div_ceil(BLOCK_TOKENS) as u32;
+            places.push((first_block..first_block + blocks).collect::<Vec<u32>>());
+            first_block += blocks;
+        }
+        let mut seen = Vec::new();
+        for round in 0..2 {
+            let mut batch = StepBatch::default();
+            for (length, blocks) in lengths.iter().zip(&places) {
+                let tokens: Vec<u32> = (0..*length)
+                    .map(|i| ((i * 104_729 + round * 31 + length) % 49_000) as u32)
+                    .collect();
+                batch.logits_rows.push(batch.tokens.len() as u32);
+                push(&mut batch, &tokens, round * length, blocks);
+                batch.logits_rows.push(batch.tokens.len() as u32 - 1);
+            }
+            batch.full_logits = true;
+            let rows = model.step(&batch).unwrap().unwrap();
+            seen.extend(rows.into_iter().map(|row| row.full.unwrap()));
+        }
+        seen
+    };
+    // Alone a rank computes all rows at once; over TCP it halves them.
+    let whole = on_ranks(&file, &division(&file, &[1]), Over::Tcp, cpu, last_logits);
+    for speeds in [vec![1, 1], vec![2, 1, 1]] {
+        let halved = on_ranks(
+            &file,
+            &division(&file, &speeds),
+            Over::Tcp,
+            cpu,
+            last_logits,
+        );
+        assert!(whole == halved, "{} ranks", speeds.len());
+    }
+}
+
+#[test]
 fn an_answer_does_not_depend_on_what_else_is_in_its_steps() {
     let file = ModelFile::open(smollm2()).unwrap();
     on_ranks(&file, &division(&file, &[1]), Over::Tcp, cpu, |model| {

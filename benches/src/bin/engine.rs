@@ -59,6 +59,7 @@ fn main() -> Result<()> {
     let ours = worker::bench::run(&BenchOptions {
         model: options.model,
         threads: options.threads,
+        ranks: Default::default(),
         prefill: options.prefill,
         decode: options.decode,
         batch: options.batch,

@@ -80,6 +80,7 @@ const SECTIONS: [(&str, &[Key]); 5] = [
             key("threads", Kind::Number),
             key("memory_bytes", Kind::Number),
             key("read_bytes_per_s", Kind::Number),
+            key("wire", Kind::Text),
         ],
     ),
     (

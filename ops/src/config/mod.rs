@@ -112,6 +112,9 @@ pub struct WorkerSection {
     pub memory_bytes: u64,
     /// Streaming read of the memory; 0 measures it at start.
     pub read_bytes_per_s: u64,
+    /// How sums travel between ranks on different hosts: `exact` (the default; answers do not depend on the number of ranks), `f32`,
+    /// `bf16` or `int8`. What rank 0's node says holds for its group.
+    pub wire: worker::collective::Wire,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

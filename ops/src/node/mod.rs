@@ -236,7 +236,10 @@ fn start_worker(
         .worker
         .data_listen
         .unwrap_or_else(|| (config.node.listen.ip(), 0).into());
-    let worker_config = WorkerConfig::new(node.incarnation, listen);
+    let worker_config = WorkerConfig {
+        wire: config.worker.wire,
+        ..WorkerConfig::new(node.incarnation, listen)
+    };
     let worker = WorkerNode::start(worker_config, transport.clone(), control.clone())?;
     let mut data_addr = config
         .worker

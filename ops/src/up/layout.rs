@@ -235,6 +235,7 @@ impl Planned<'_> {
             threads: share.threads,
             memory_bytes: share.memory_bytes,
             read_bytes_per_s: share.read_bytes_per_s,
+            wire: Default::default(),
         };
         self.add(id, "worker", config)
     }

@@ -1,24 +1,25 @@
 //! Frames between two ranks: a header in the clear, authenticated, and a payload under AES-256-GCM.
 //!
-//! Version 1. Header, little-endian: magic `VBC1`, kind u8, three zero bytes, payload length u32, epoch u64, sequence number u64.
-//! Then the payload, encrypted, and its 16-byte tag. The nonce is the sequence number; each direction of each connection has a key
-//! of its own, so no nonce comes twice under a key, and a frame that is repeated, dropped, reordered or reflected does not open.
+//! Version 2. Header, little-endian: magic `VBC2`, kind u8, lane u8, two zero bytes, payload length u32, epoch u64, sequence number
+//! u64. Then the payload, encrypted, and its 16-byte tag. The nonce is the sequence number; each direction of each connection has a
+//! key of its own, so no nonce comes twice under a key, and a frame that is repeated, dropped, reordered or reflected does not open.
 
-use aes_gcm::aead::{AeadInPlace, KeyInit};
-use aes_gcm::{Aes256Gcm, Nonce, Tag};
 use hkdf::Hkdf;
+use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use sha2::Sha256;
 
 use super::Error;
 
-/// Longest payload of one frame; longer messages are several frames.
-pub const MAX_PAYLOAD_BYTES: usize = 1 << 20;
+/// Longest payload of one frame; longer messages are several frames, the first on its way while the next is encrypted.
+pub const MAX_PAYLOAD_BYTES: usize = 256 << 10;
 /// Bytes before the payload.
 pub const HEADER_BYTES: usize = 28;
 /// Bytes after the payload.
 pub const TAG_BYTES: usize = 16;
+/// Messages of different lanes of a connection may overtake each other.
+pub const LANES: usize = 2;
 
-const MAGIC: [u8; 4] = *b"VBC1";
+const MAGIC: [u8; 4] = *b"VBC2";
 
 /// What a frame is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,6 +30,15 @@ pub enum Kind {
     Last,
     /// Proof at the start that the sender holds the group's key.
     Proof,
+}
+
+/// Whether payloads are encrypted. A group's ranks must agree, or none gets past the proof.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Sealing {
+    #[default]
+    Encrypted,
+    /// Readable and forgeable by anybody on the way: only to measure what encryption costs. No configuration leads here.
+    ClearForMeasuring,
 }
 
 /// Who talks to whom about what; bound into the keys.
@@ -43,18 +53,26 @@ pub struct Conversation {
 
 /// Encrypts one direction.
 pub struct Sealer {
-    cipher: Aes256Gcm,
+    cipher: Option<LessSafeKey>,
     epoch: u64,
     next: u64,
 }
 
 /// Decrypts the other.
 pub struct Opener {
-    cipher: Aes256Gcm,
+    cipher: Option<LessSafeKey>,
     epoch: u64,
     next: u64,
     /// Whose frames these are, for errors.
     rank: usize,
+}
+
+/// An opened frame.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Frame<'a> {
+    pub kind: Kind,
+    pub lane: usize,
+    pub payload: &'a [u8],
 }
 
 /// Keys of both directions from the group's key and both sides' nonces: (from dialler, from acceptor).
@@ -67,7 +85,7 @@ pub fn keys(
     let hkdf = Hkdf::<Sha256>::new(Some(&salt), group_key);
     let key = |direction: u8| {
         let info = [
-            b"verbund collective 1".as_slice(),
+            b"verbund collective 2".as_slice(),
             &about.group.to_le_bytes(),
             &about.epoch.to_le_bytes(),
             &about.dialler.to_le_bytes(),
@@ -83,52 +101,74 @@ pub fn keys(
     (key(0), key(1))
 }
 
+/// The cipher of a direction; `None` where nothing is encrypted.
+fn cipher(key: &[u8; 32], sealing: Sealing) -> Result<Option<LessSafeKey>, Error> {
+    if sealing == Sealing::ClearForMeasuring {
+        return Ok(None);
+    }
+    let key = UnboundKey::new(&AES_256_GCM, key).map_err(|_| Error::Io {
+        what: "encryption",
+        why: "the library refuses the key".into(),
+    })?;
+    Ok(Some(LessSafeKey::new(key)))
+}
+
 impl Sealer {
-    pub fn new(key: &[u8; 32], epoch: u64) -> Self {
-        Sealer {
-            cipher: Aes256Gcm::new(key.into()),
+    pub fn new(key: &[u8; 32], epoch: u64, sealing: Sealing) -> Result<Self, Error> {
+        Ok(Sealer {
+            cipher: cipher(key, sealing)?,
             epoch,
             next: 0,
-        }
+        })
     }
 
     /// Appends the frame of `payload` (at most [`MAX_PAYLOAD_BYTES`]) to `out`.
-    pub fn seal(&mut self, kind: Kind, payload: &[u8], out: &mut Vec<u8>) -> Result<(), Error> {
+    pub fn seal(
+        &mut self,
+        kind: Kind,
+        lane: usize,
+        payload: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Result<(), Error> {
+        let too_large = || Error::TooLarge {
+            got: payload.len(),
+            max: MAX_PAYLOAD_BYTES,
+        };
         if payload.len() > MAX_PAYLOAD_BYTES {
-            return Err(Error::TooLarge {
-                got: payload.len(),
-                max: MAX_PAYLOAD_BYTES,
-            });
+            return Err(too_large());
         }
+        debug_assert!(lane < LANES);
         let start = out.len();
+        out.reserve(HEADER_BYTES + payload.len() + TAG_BYTES);
         out.extend_from_slice(&MAGIC);
-        out.extend_from_slice(&[kind as u8, 0, 0, 0]);
+        out.extend_from_slice(&[kind as u8, lane as u8, 0, 0]);
         out.extend_from_slice(&(payload.len() as u32).to_le_bytes());
         out.extend_from_slice(&self.epoch.to_le_bytes());
         out.extend_from_slice(&self.next.to_le_bytes());
         out.extend_from_slice(payload);
         let (header, body) = out[start..].split_at_mut(HEADER_BYTES);
-        let sealed = self
-            .cipher
-            .encrypt_in_place_detached(&nonce(self.next), header, body);
-        let tag = sealed.map_err(|_| Error::TooLarge {
-            got: payload.len(),
-            max: MAX_PAYLOAD_BYTES,
-        })?;
-        out.extend_from_slice(&tag);
+        let mut bytes = [0; TAG_BYTES];
+        if let Some(cipher) = &self.cipher {
+            let header = Aad::from(header);
+            let tag = cipher
+                .seal_in_place_separate_tag(nonce(self.next), header, body)
+                .map_err(|_| too_large())?;
+            bytes.copy_from_slice(tag.as_ref());
+        }
+        out.extend_from_slice(&bytes);
         self.next += 1;
         Ok(())
     }
 }
 
 impl Opener {
-    pub fn new(key: &[u8; 32], epoch: u64, rank: usize) -> Self {
-        Opener {
-            cipher: Aes256Gcm::new(key.into()),
+    pub fn new(key: &[u8; 32], epoch: u64, rank: usize, sealing: Sealing) -> Result<Self, Error> {
+        Ok(Opener {
+            cipher: cipher(key, sealing)?,
             epoch,
             next: 0,
             rank,
-        }
+        })
     }
 
     /// Checks a header; returns how many bytes follow it. Errors for another epoch, another order, or more than is allowed.
@@ -140,11 +180,11 @@ impl Opener {
                 got,
             })
         };
-        let [m0, m1, m2, m3, kind, ..] = *header;
-        if [m0, m1, m2, m3] != MAGIC || kind > Kind::Proof as u8 {
+        let [m0, m1, m2, m3, kind, lane, ..] = *header;
+        if [m0, m1, m2, m3] != MAGIC || kind > Kind::Proof as u8 || usize::from(lane) >= LANES {
             return wrong(
-                "a frame of version 1".into(),
-                format!("{:02x?}", &header[..5]),
+                "a frame of version 2".into(),
+                format!("{:02x?}", &header[..6]),
             );
         }
         let len = u32_at(header, 8) as usize;
@@ -168,35 +208,45 @@ impl Opener {
         Ok(len + TAG_BYTES)
     }
 
-    /// Opens a whole frame in place; returns its kind and payload.
-    pub fn open<'a>(&mut self, frame: &'a mut [u8]) -> Result<(Kind, &'a [u8]), Error> {
-        let wrong_key = Error::WrongKey { rank: self.rank };
+    /// Opens a whole frame in place; its header was [expected](Opener::expect).
+    pub fn open<'a>(&mut self, frame: &'a mut [u8]) -> Result<Frame<'a>, Error> {
+        let rank = self.rank;
+        let wrong_key = move || Error::WrongKey { rank };
         if frame.len() < HEADER_BYTES + TAG_BYTES {
-            return Err(wrong_key);
+            return Err(wrong_key());
         }
-        let (header, rest) = frame.split_at_mut(HEADER_BYTES);
-        let (body, tag) = rest.split_at_mut(rest.len() - TAG_BYTES);
-        let opened = self.cipher.decrypt_in_place_detached(
-            &nonce(self.next),
-            header,
-            body,
-            Tag::from_slice(tag),
-        );
-        opened.map_err(|_| wrong_key)?;
+        let (header, sealed) = frame.split_at_mut(HEADER_BYTES);
+        let (kind, lane) = (header[4], usize::from(header[5]));
+        let payload = match &self.cipher {
+            Some(cipher) => cipher
+                .open_in_place(nonce(self.next), Aad::from(header), sealed)
+                .map_err(|_| wrong_key())?,
+            None => {
+                let (body, tag) = sealed.split_at_mut(sealed.len() - TAG_BYTES);
+                if tag.iter().any(|&b| b != 0) {
+                    return Err(wrong_key());
+                }
+                body
+            }
+        };
         self.next += 1;
-        let kind = match header[4] {
+        let kind = match kind {
             0 => Kind::Part,
             1 => Kind::Last,
             _ => Kind::Proof,
         };
-        Ok((kind, body))
+        Ok(Frame {
+            kind,
+            lane,
+            payload,
+        })
     }
 }
 
-fn nonce(sequence: u64) -> Nonce<aes_gcm::aead::consts::U12> {
+fn nonce(sequence: u64) -> Nonce {
     let mut bytes = [0; 12];
     bytes[4..].copy_from_slice(&sequence.to_le_bytes());
-    bytes.into()
+    Nonce::assume_unique_for_key(bytes)
 }
 
 fn u32_at(bytes: &[u8; HEADER_BYTES], at: usize) -> u32 {
@@ -215,20 +265,31 @@ mod tests {
 
     const KEY: [u8; 32] = [7; 32];
 
+    fn sealer(epoch: u64, sealing: Sealing) -> Sealer {
+        Sealer::new(&KEY, epoch, sealing).unwrap()
+    }
+
+    fn opener() -> Opener {
+        Opener::new(&KEY, 3, 1, Sealing::Encrypted).unwrap()
+    }
+
     fn frame(payload: &[u8]) -> Vec<u8> {
         let mut out = Vec::new();
-        Sealer::new(&KEY, 3)
-            .seal(Kind::Last, payload, &mut out)
+        sealer(3, Sealing::Encrypted)
+            .seal(Kind::Last, 1, payload, &mut out)
             .unwrap();
         out
     }
 
     fn open(frame: &mut [u8]) -> Result<Vec<u8>, Error> {
-        let mut opener = Opener::new(&KEY, 3, 1);
+        let mut opener = opener();
         let header = frame.first_chunk().ok_or(Error::WrongKey { rank: 1 })?;
         let rest = opener.expect(header)?;
         assert_eq!(rest + HEADER_BYTES, frame.len());
-        opener.open(frame).map(|(_, payload)| payload.to_vec())
+        opener.open(frame).map(|frame| {
+            assert_eq!((frame.kind, frame.lane), (Kind::Last, 1));
+            frame.payload.to_vec()
+        })
     }
 
     proptest! {
@@ -251,8 +312,8 @@ mod tests {
     #[test]
     fn a_frame_of_another_epoch_is_refused_as_stale() {
         let mut old = Vec::new();
-        Sealer::new(&KEY, 2)
-            .seal(Kind::Last, b"x", &mut old)
+        sealer(2, Sealing::Encrypted)
+            .seal(Kind::Last, 0, b"x", &mut old)
             .unwrap();
         assert_eq!(
             open(&mut old),
@@ -266,7 +327,7 @@ mod tests {
 
     #[test]
     fn a_repeated_frame_is_refused() {
-        let mut opener = Opener::new(&KEY, 3, 1);
+        let mut opener = opener();
         let mut first = frame(b"x");
         let again = first.clone();
         opener.open(&mut first).unwrap();
@@ -281,9 +342,26 @@ mod tests {
         let mut frame = frame(b"x");
         frame[8..12].copy_from_slice(&u32::MAX.to_le_bytes());
         assert!(matches!(
-            Opener::new(&KEY, 3, 1).expect(frame.first_chunk().unwrap()),
+            opener().expect(frame.first_chunk().unwrap()),
             Err(Error::Protocol { .. })
         ));
+    }
+
+    #[test]
+    fn a_frame_in_the_clear_does_not_open_where_it_should_be_encrypted_nor_the_other_way_round() {
+        let mut clear = Vec::new();
+        let payload = b"in the clear";
+        sealer(3, Sealing::ClearForMeasuring)
+            .seal(Kind::Proof, 0, payload, &mut clear)
+            .unwrap();
+        assert!(clear.windows(payload.len()).any(|part| part == payload));
+        assert_eq!(open(&mut clear.clone()), Err(Error::WrongKey { rank: 1 }));
+        let mut opener = Opener::new(&KEY, 3, 1, Sealing::ClearForMeasuring).unwrap();
+        assert_eq!(
+            opener.open(&mut frame(b"x")),
+            Err(Error::WrongKey { rank: 1 })
+        );
+        assert_eq!(opener.open(&mut clear).unwrap().payload, payload);
     }
 
     #[test]

@@ -28,6 +28,10 @@ impl Collective for Local {
         self.interrupter.check()
     }
 
+    fn all_reduce_exact(&mut self, _data: &mut [f64]) -> Result<(), Error> {
+        self.interrupter.check()
+    }
+
     fn gather_to_leader(&mut self, mine: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
         Ok(vec![mine.to_vec()])
     }

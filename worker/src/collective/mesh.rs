@@ -1,18 +1,23 @@
 //! Encrypted links from one rank to every other, and the loop that moves bytes over all of them at once.
 //!
 //! Everybody may send before anybody receives: writes and reads are interleaved without blocking, so full socket buffers cannot
-//! lock two ranks up. Waiting is a short busy poll (a loopback round trip is 14 µs polled, 86 µs blocked), then poll(2).
+//! lock two ranks up. A call says how many messages it wants of whom before it waits, and nothing beyond them is read: who is
+//! ahead waits in the kernel's buffers, and what was not asked for is an error.
 
+use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
-use super::frame::{HEADER_BYTES, Kind, MAX_PAYLOAD_BYTES, Opener, Sealer, TAG_BYTES};
+use super::frame::{HEADER_BYTES, Kind, LANES, MAX_PAYLOAD_BYTES, Opener, Sealer, TAG_BYTES};
 use super::{Error, Interrupter};
 
-/// Busy polling before a wait blocks: about one hop on a fast network; longer would steal the core that computes.
-const SPIN: Duration = Duration::from_micros(50);
+/// Busy polling before a wait blocks. A blocked thread is 30 to 70 µs late, so this covers a hop of 1 ms and the others' arriving
+/// a little later.
+pub const SPIN: Duration = Duration::from_micros(2500);
+/// Polls before each further one lets other threads have the core first: ranks and threads may be more than cores.
+const POLLS_ALONE: u32 = 16;
 /// Longest uninterruptible wait.
 const NAP: Duration = Duration::from_millis(20);
 /// Ranks that compute may be this far apart: the longest step of one rank, generously.
@@ -21,12 +26,16 @@ pub const STEP_TIMEOUT: Duration = Duration::from_secs(60);
 pub const MAX_MESSAGE_BYTES: usize = 512 << 20;
 /// Room for received bytes: the largest frame, and as much again of the next so that a read is seldom cut short.
 const INCOMING_BYTES: usize = 2 * (HEADER_BYTES + MAX_PAYLOAD_BYTES + TAG_BYTES);
+/// Empty buffers that a lane keeps for later messages.
+const SPARE: usize = 4;
 
 /// One rank's connections, by rank; `None` at its own place.
 pub struct Mesh {
     pub rank: usize,
     links: Vec<Option<Link>>,
     pub interrupter: Interrupter,
+    /// Busy polling before a wait blocks; none where another thread has use for the core.
+    pub spin: Duration,
 }
 
 /// A connection to one other rank.
@@ -42,10 +51,18 @@ pub struct Link {
     incoming: Box<[u8]>,
     used: usize,
     filled: usize,
+    lanes: [Lane; LANES],
+}
+
+/// Messages of one lane that came in, in order.
+#[derive(Default)]
+struct Lane {
+    complete: VecDeque<Vec<u8>>,
     /// The message being put together.
-    message: Vec<u8>,
-    complete: bool,
-    wanted: bool,
+    partial: Vec<u8>,
+    /// Messages that the call under way still expects.
+    wanted: usize,
+    spare: Vec<Vec<u8>>,
 }
 
 impl Link {
@@ -66,7 +83,7 @@ impl Link {
         stream.set_nonblocking(true).map_err(io("nonblocking"))?;
         notice_dead_hosts(&stream);
         let mut outgoing = Vec::new();
-        sealer.seal(Kind::Proof, b"proof", &mut outgoing)?;
+        sealer.seal(Kind::Proof, 0, b"proof", &mut outgoing)?;
         Ok(Link {
             rank,
             stream,
@@ -77,27 +94,28 @@ impl Link {
             incoming: vec![0; INCOMING_BYTES].into_boxed_slice(),
             used: 0,
             filled: 0,
-            message: Vec::new(),
-            complete: false,
-            wanted: false,
+            lanes: Default::default(),
         })
     }
 
-    /// Seals a message into the outgoing bytes.
-    fn queue(&mut self, message: &[u8]) -> Result<(), Error> {
-        let mut pieces = message.chunks(MAX_PAYLOAD_BYTES).peekable();
-        if pieces.peek().is_none() {
-            return self.sealer.seal(Kind::Last, &[], &mut self.outgoing);
-        }
-        while let Some(piece) = pieces.next() {
-            let kind = if pieces.peek().is_some() {
-                Kind::Part
-            } else {
+    /// Seals a message into the outgoing bytes and writes what fits, frame by frame: the first is on its way while the next is
+    /// being encrypted.
+    fn send(&mut self, lane: usize, message: &[u8]) -> Result<(), Error> {
+        let mut rest = message;
+        loop {
+            let (piece, after) = rest.split_at(rest.len().min(MAX_PAYLOAD_BYTES));
+            let kind = if after.is_empty() {
                 Kind::Last
+            } else {
+                Kind::Part
             };
-            self.sealer.seal(kind, piece, &mut self.outgoing)?;
+            self.sealer.seal(kind, lane, piece, &mut self.outgoing)?;
+            self.write()?;
+            if after.is_empty() {
+                return Ok(());
+            }
+            rest = after;
         }
-        Ok(())
     }
 
     /// Writes what fits; returns whether anything moved.
@@ -120,10 +138,18 @@ impl Link {
         Ok(moved)
     }
 
-    /// Reads what is there, and opens frames until the message is complete; returns whether anything moved.
+    fn wants(&self) -> bool {
+        self.lanes.iter().any(|lane| lane.wanted > 0)
+    }
+
+    fn unsent(&self) -> usize {
+        self.outgoing.len() - self.sent
+    }
+
+    /// Reads what is there, and opens frames until nothing more is wanted; returns whether anything moved.
     fn read(&mut self) -> Result<bool, Error> {
         let mut moved = false;
-        while !self.complete {
+        while self.wants() {
             if self.open_one()? {
                 moved = true;
                 continue;
@@ -164,17 +190,31 @@ impl Link {
         if waiting.len() < len {
             return Ok(false);
         }
-        let (kind, payload) = self
+        let frame = self
             .opener
             .open(&mut self.incoming[self.used..self.used + len])?;
-        if self.message.len() + payload.len() > MAX_MESSAGE_BYTES {
+        let lane = &mut self.lanes[frame.lane];
+        if lane.wanted == 0 {
+            return Err(Error::Protocol {
+                rank: self.rank,
+                expected: format!("no message on lane {}", frame.lane),
+                got: format!("{} bytes of one", frame.payload.len()),
+            });
+        }
+        let message_bytes = lane.partial.len() + frame.payload.len();
+        if message_bytes > MAX_MESSAGE_BYTES {
             return Err(Error::TooLarge {
-                got: self.message.len() + payload.len(),
+                got: message_bytes,
                 max: MAX_MESSAGE_BYTES,
             });
         }
-        self.message.extend_from_slice(payload);
-        self.complete = kind != Kind::Part;
+        lane.partial.extend_from_slice(frame.payload);
+        if frame.kind != Kind::Part {
+            let empty = lane.spare.pop().unwrap_or_default();
+            let message = std::mem::replace(&mut lane.partial, empty);
+            lane.complete.push_back(message);
+            lane.wanted -= 1;
+        }
         self.used += len;
         Ok(true)
     }
@@ -189,17 +229,25 @@ impl Link {
 
 impl Mesh {
     /// Takes the links of all other ranks and waits until each has proven the key.
-    pub fn new(rank: usize, links: Vec<Option<Link>>, timeout: Duration) -> Result<Mesh, Error> {
+    pub fn new(
+        rank: usize,
+        links: Vec<Option<Link>>,
+        timeout: Duration,
+        interrupter: Interrupter,
+    ) -> Result<Mesh, Error> {
         let mut mesh = Mesh {
             rank,
             links,
-            interrupter: Interrupter::default(),
+            interrupter,
+            spin: SPIN,
         };
         let others: Vec<usize> = mesh.others().collect();
-        mesh.exchange(&[], &others, Some(timeout))?;
-        for other in others {
-            if mesh.message(other) != b"proof" {
-                return Err(Error::WrongKey { rank: other });
+        for (other, proof) in others
+            .iter()
+            .zip(mesh.exchange(&[], &others, Some(timeout))?)
+        {
+            if proof != b"proof" {
+                return Err(Error::WrongKey { rank: *other });
             }
         }
         Ok(mesh)
@@ -216,44 +264,75 @@ impl Mesh {
         (0..self.links.len()).filter(move |&r| r != rank)
     }
 
-    /// Sends messages, and receives one from each rank of `from`, all at once. Read them with [`Mesh::message`]. Without a timeout
-    /// it waits for as long as the connections live.
+    /// Sends messages, and receives one from each rank of `from`, all at once; gives those. Without a timeout it waits for as long
+    /// as the connections live.
     pub fn exchange(
         &mut self,
         to: &[(usize, &[u8])],
         from: &[usize],
         timeout: Option<Duration>,
-    ) -> Result<(), Error> {
+    ) -> Result<Vec<Vec<u8>>, Error> {
+        from.iter().for_each(|&rank| self.want(rank, 0, 1));
         for &(rank, message) in to {
-            if let Some(link) = &mut self.links[rank] {
-                link.queue(message)?;
-            }
+            self.send(rank, 0, message)?;
         }
-        for &rank in from {
-            if let Some(link) = &mut self.links[rank] {
-                link.message.clear();
-                link.complete = false;
-                link.wanted = true;
-            }
-        }
-        let done = self.pump(timeout);
-        for link in self.links.iter_mut().flatten() {
-            link.wanted = false;
-        }
-        done
+        self.run(timeout, |mesh| {
+            Ok(from.iter().all(|&rank| mesh.message(rank, 0).is_some()))
+        })?;
+        let received = from.iter().filter_map(|&rank| self.take(rank, 0));
+        Ok(received.collect())
     }
 
-    /// The last message from a rank.
-    pub fn message(&self, rank: usize) -> &[u8] {
-        self.links[rank].as_ref().map_or(&[], |l| &l.message)
+    /// The call under way will wait for `count` more messages of a rank.
+    pub fn want(&mut self, rank: usize, lane: usize, count: usize) {
+        if let Some(link) = &mut self.links[rank] {
+            link.lanes[lane].wanted += count;
+        }
     }
 
-    /// Takes the last message from a rank out.
-    pub fn take_message(&mut self, rank: usize) -> Vec<u8> {
-        self.links[rank]
-            .as_mut()
-            .map(|l| std::mem::take(&mut l.message))
-            .unwrap_or_default()
+    /// Begins to send a message; [`Mesh::run`] sees to the rest of it.
+    pub fn send(&mut self, rank: usize, lane: usize, message: &[u8]) -> Result<(), Error> {
+        match &mut self.links[rank] {
+            Some(link) => link.send(lane, message),
+            None => Ok(()),
+        }
+    }
+
+    /// Most bytes that wait on any link because the kernel takes no more.
+    pub fn backlog(&self) -> usize {
+        let unsent = self.links.iter().flatten().map(Link::unsent);
+        unsent.max().unwrap_or(0)
+    }
+
+    /// The oldest message of a rank, if one is complete.
+    pub fn message(&self, rank: usize, lane: usize) -> Option<&[u8]> {
+        let link = self.links[rank].as_ref()?;
+        link.lanes[lane].complete.front().map(Vec::as_slice)
+    }
+
+    /// Whether every other rank's next message is complete.
+    pub fn all_have(&self, lane: usize) -> bool {
+        let mut links = self.links.iter().flatten();
+        links.all(|link| !link.lanes[lane].complete.is_empty())
+    }
+
+    /// Takes the oldest message of a rank out.
+    pub fn take(&mut self, rank: usize, lane: usize) -> Option<Vec<u8>> {
+        let link = self.links[rank].as_mut()?;
+        link.lanes[lane].complete.pop_front()
+    }
+
+    /// The oldest message of a rank was read; its memory serves again.
+    pub fn done_with(&mut self, rank: usize, lane: usize) {
+        if let Some(link) = &mut self.links[rank] {
+            let lane = &mut link.lanes[lane];
+            if let Some(mut message) = lane.complete.pop_front()
+                && lane.spare.len() < SPARE
+            {
+                message.clear();
+                lane.spare.push(message);
+            }
+        }
     }
 
     /// Errors if a connection was closed from the other side. Reads nothing.
@@ -271,40 +350,56 @@ impl Mesh {
         Ok(())
     }
 
-    /// Moves bytes until everything is out and everything wanted is in.
-    fn pump(&mut self, timeout: Option<Duration>) -> Result<(), Error> {
-        let mut still = Instant::now();
+    /// Calls `step`, which sends and takes messages and says when it is done, and moves bytes, until it is and everything is out.
+    /// Without a timeout it waits for as long as the connections live.
+    pub fn run(
+        &mut self,
+        timeout: Option<Duration>,
+        mut step: impl FnMut(&mut Mesh) -> Result<bool, Error>,
+    ) -> Result<(), Error> {
+        let mut still = None;
+        let mut polls = 0;
         loop {
+            let done = step(self)?;
             let mut moved = false;
             let mut waiting_for = None;
             for link in self.links.iter_mut().flatten() {
-                if !link.outgoing.is_empty() {
+                if link.unsent() > 0 {
                     moved |= link.write()?;
                 }
-                if link.wanted && !link.complete {
+                if link.wants() {
                     moved |= link.read()?;
                 }
-                if !link.outgoing.is_empty() || (link.wanted && !link.complete) {
+                if link.unsent() > 0 || link.wants() {
                     waiting_for = Some(link.rank);
                 }
             }
             let Some(rank) = waiting_for else {
-                return Ok(());
+                if done {
+                    return Ok(());
+                }
+                // What was wanted has just come; the step takes it.
+                continue;
             };
             if moved {
-                still = Instant::now();
+                (still, polls) = (None, 0);
                 continue;
             }
-            let waited = still.elapsed();
+            polls += 1;
+            if polls < POLLS_ALONE {
+                std::hint::spin_loop();
+                continue;
+            }
+            let waited = still.get_or_insert_with(Instant::now).elapsed();
+            if waited < self.spin {
+                std::thread::yield_now();
+                continue;
+            }
             if timeout.is_some_and(|t| waited > t) {
                 return Err(Error::PeerLost {
                     rank,
                     why: format!("no answer for {} ms", waited.as_millis()),
                 });
-            }
-            if waited < SPIN {
-                std::hint::spin_loop();
-                continue;
             }
             self.interrupter.check()?;
             self.nap();
@@ -316,10 +411,10 @@ impl Mesh {
         let mut polls: Vec<libc::pollfd> = Vec::with_capacity(self.links.len());
         for link in self.links.iter().flatten() {
             let mut events = 0;
-            if link.wanted && !link.complete {
+            if link.wants() {
                 events |= libc::POLLIN;
             }
-            if !link.outgoing.is_empty() {
+            if link.unsent() > 0 {
                 events |= libc::POLLOUT;
             }
             if events != 0 {

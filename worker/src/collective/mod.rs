@@ -1,23 +1,33 @@
 //! How the ranks of a group add up and exchange. Belongs here: the trait, its transports, their frames and keys. Does not
 //! belong here: what is summed.
 //!
-//! Sums are exact: a partial sum is rounded to a fixed grid ([`kernels::to_grid`]) before it is added up in f64, where sums of
-//! grid points are free of rounding; so neither order nor number of ranks changes a bit of the result.
+//! Sums are exact unless the group is told otherwise ([`Wire`]): a partial sum is rounded to a fixed grid ([`kernels::to_grid`])
+//! before it is added up in f64, where sums of grid points are free of rounding; so neither order nor number of ranks changes a bit
+//! of the result. In every format all ranks hold the same bits.
+//!
+//! [`wire`]: what a number becomes by travelling. [`frame`]: bytes of a connection, encrypted. [`hub`], [`join`]: how ranks meet.
+//! [`mesh`]: moving messages over all connections at once. [`reduce`]: a sum over a mesh. [`tcp`], [`shm`], [`local`]: the
+//! collectives.
 
 mod frame;
 mod hub;
+mod join;
 mod local;
 mod mesh;
+mod reduce;
 mod shm;
 mod tcp;
+mod wire;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+pub use frame::Sealing;
 pub use hub::Hub;
 pub use local::Local;
 pub use shm::Shm;
 pub use tcp::{GroupConfig, Tcp};
+pub use wire::Wire;
 
 /// Why an exchange failed. After any of these the group is broken: drop it and form a new one with a larger epoch.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -60,14 +70,29 @@ pub trait Collective: Send {
     fn rank(&self) -> usize;
     /// Ranks in the group.
     fn size(&self) -> usize;
-    /// Replaces `data` by the sum over all ranks; all hold the same bits afterwards. The length must be the same everywhere.
+    /// Replaces `data` by the sum over all ranks in the group's format; all hold the same bits afterwards. The length must be the
+    /// same everywhere.
     fn all_reduce_f64(&mut self, data: &mut [f64]) -> Result<(), Error>;
+    /// The same without loss, whatever the group's format.
+    fn all_reduce_exact(&mut self, data: &mut [f64]) -> Result<(), Error>;
     /// Brings every rank's bytes to the leader, in rank order; empty on the others.
     fn gather_to_leader(&mut self, mine: &[u8]) -> Result<Vec<Vec<u8>>, Error>;
     /// Replaces `message` by the leader's on every other rank. Followers may wait here for as long as the leader lives.
     fn broadcast(&mut self, message: &mut Vec<u8>) -> Result<(), Error>;
     /// Lets another thread end a call that waits.
     fn interrupter(&self) -> Interrupter;
+    /// Sums that go on while this rank computes; `None` where nothing is gained by that.
+    fn background(&mut self) -> Option<&mut dyn Background> {
+        None
+    }
+}
+
+/// Sums in the background. Every rank begins the same ones in the same order, and finishes all before any other call.
+pub trait Background {
+    /// Begins the sum of `data` over all ranks in the group's format.
+    fn begin(&mut self, data: Vec<f64>) -> Result<(), Error>;
+    /// Waits for the oldest sum begun, and gives it.
+    fn finish(&mut self) -> Result<Vec<f64>, Error>;
 }
 
 /// Ends waiting calls of a group from another thread.

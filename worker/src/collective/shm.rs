@@ -55,6 +55,7 @@ impl Shm {
             .unwrap_or_default();
         tcp.broadcast(&mut name)?;
         if name.is_empty() {
+            tcp.calibrate()?;
             return Ok(Box::new(tcp));
         }
         let size = tcp.size();
@@ -76,7 +77,10 @@ impl Shm {
                 sequence: 0,
                 alive_checked: Instant::now(),
             })),
-            _ => Ok(Box::new(tcp)),
+            _ => {
+                tcp.calibrate()?;
+                Ok(Box::new(tcp))
+            }
         }
     }
 
@@ -171,6 +175,10 @@ impl Collective for Shm {
     fn all_reduce_f64(&mut self, data: &mut [f64]) -> Result<(), Error> {
         data.chunks_mut(SLOT_LEN)
             .try_for_each(|piece| self.sum(piece))
+    }
+
+    fn all_reduce_exact(&mut self, data: &mut [f64]) -> Result<(), Error> {
+        self.all_reduce_f64(data)
     }
 
     fn gather_to_leader(&mut self, mine: &[u8]) -> Result<Vec<Vec<u8>>, Error> {

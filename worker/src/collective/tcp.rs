@@ -1,26 +1,17 @@
 //! Ranks in different processes, on one host or several, over TCP.
 
-use std::net::{SocketAddr, TcpStream};
-use std::ops::Range;
-use std::time::{Duration, Instant};
+use std::net::SocketAddr;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use bytemuck::cast_slice;
-use rand::RngCore;
-
-use super::frame::{self, Conversation, Opener, Sealer};
-use super::hub::{self, CallError, GREETING, Welcome};
-use super::mesh::{Link, Mesh, STEP_TIMEOUT};
-use super::{Collective, Error, Hub, Interrupter};
-
-/// Up to this many bytes everybody sends everything to everybody: one hop. Above, each rank adds up its share and sends it round,
-/// which moves less. Two ranks move the same either way, in one hop less.
-const ONE_HOP_BYTES: usize = 64 << 10;
-/// Numbers added up at once; bounds buffers.
-const PIECE_LEN: usize = 128 << 10;
-/// Longest attempt to connect, which cannot be interrupted: far above a round trip inside a region.
-const CONNECT: Duration = Duration::from_millis(500);
-/// Between attempts to reach a rank that is not there yet.
-const RETRY: Duration = Duration::from_millis(20);
+use super::frame::Sealing;
+use super::hub::GREETING;
+use super::join;
+use super::mesh::{Mesh, STEP_TIMEOUT};
+use super::reduce::Reducer;
+use super::wire::Wire;
+use super::{Background, Collective, Error, Hub, Interrupter};
 
 /// A group as one of its ranks sees it.
 #[derive(Clone)]
@@ -34,12 +25,32 @@ pub struct GroupConfig {
     pub peers: Vec<SocketAddr>,
     /// The key of this epoch, from the coordinator.
     pub key: [u8; 32],
+    /// How sums travel; the leader's holds for all.
+    pub wire: Wire,
+    /// Whether frames are encrypted, which only a measurement may want otherwise.
+    pub sealing: Sealing,
 }
 
 /// The collective over TCP.
 pub struct Tcp {
-    mesh: Mesh,
+    core: Arc<Mutex<Core>>,
     group: GroupConfig,
+    interrupter: Interrupter,
+    /// Sums begun and not yet finished.
+    under_way: usize,
+    helper: Option<Helper>,
+}
+
+/// What the rank's own thread and its helper use in turn.
+struct Core {
+    mesh: Mesh,
+    reducer: Reducer,
+}
+
+/// A thread that sums while the rank's own computes. It ends when its first half is dropped.
+struct Helper {
+    begun: Sender<Vec<f64>>,
+    finished: Receiver<Result<Vec<f64>, Error>>,
 }
 
 impl Tcp {
@@ -54,263 +65,195 @@ impl Tcp {
     /// See [`Error`]; [`Error::Interrupted`] when told so.
     pub fn join_with(
         hub: &Hub,
-        group: GroupConfig,
+        mut group: GroupConfig,
         timeout: Duration,
         interrupter: Interrupter,
     ) -> Result<Tcp, Error> {
-        let patience = Patience {
-            deadline: Instant::now() + timeout,
-            timeout,
+        let mut mesh = join::connect(hub, &group, timeout, interrupter.clone())?;
+        group.wire = agree(&mut mesh, group.wire)?;
+        let reducer = Reducer::default();
+        Ok(Tcp {
+            core: Arc::new(Mutex::new(Core { mesh, reducer })),
+            group,
             interrupter,
-        };
-        hub.enter(group.group, group.epoch, group.rank)?;
-        let mut links = Vec::new();
-        for rank in 0..group.peers.len() {
-            links.push(match rank.cmp(&group.rank) {
-                std::cmp::Ordering::Less => Some(dial(&group, rank, &patience)?),
-                std::cmp::Ordering::Equal => None,
-                std::cmp::Ordering::Greater => Some(accept(hub, &group, rank, &patience)?),
-            });
-        }
-        let mut mesh = Mesh::new(group.rank, links, GREETING)?;
-        mesh.interrupter = patience.interrupter;
-        Ok(Tcp { mesh, group })
+            under_way: 0,
+            helper: None,
+        })
+    }
+
+    /// Measures on this group's network up to which size a sum had better take one hop. All ranks call it, once, before anything
+    /// else; without it a fixed size holds. What a sum is does not depend on it.
+    pub fn calibrate(&mut self) -> Result<(), Error> {
+        let mut core = self.core()?;
+        let Core { mesh, reducer } = &mut *core;
+        reducer.calibrate(mesh)
+    }
+
+    /// Bytes on the wire up to which a sum takes one hop where there are more than two ranks.
+    pub fn one_hop_bytes(&mut self) -> Result<usize, Error> {
+        Ok(self.core()?.reducer.one_hop_bytes)
+    }
+
+    /// Sets what [`Tcp::calibrate`] would measure; the same on all ranks.
+    pub fn set_one_hop_bytes(&mut self, bytes: usize) -> Result<(), Error> {
+        self.core()?.reducer.one_hop_bytes = bytes;
+        Ok(())
     }
 
     pub(super) fn group(&self) -> &GroupConfig {
         &self.group
     }
 
-    pub(super) fn check_alive(&self) -> Result<(), Error> {
-        self.mesh.check_alive()
+    pub(super) fn check_alive(&mut self) -> Result<(), Error> {
+        self.core()?.mesh.check_alive()
     }
 
-    fn one_hop(&mut self, data: &mut [f64]) -> Result<(), Error> {
-        let bytes: &[u8] = cast_slice(data);
-        let others: Vec<usize> = self.mesh.others().collect();
-        let to: Vec<_> = others.iter().map(|&rank| (rank, bytes)).collect();
-        self.mesh.exchange(&to, &others, Some(STEP_TIMEOUT))?;
-        self.add_up(data)
-    }
-
-    /// Adds the other ranks' last messages to `data`, in rank order, so that all ranks hold the same bits.
-    fn add_up(&self, data: &mut [f64]) -> Result<(), Error> {
-        let own = data.to_vec();
-        data.fill(0.0);
-        for rank in 0..self.mesh.size() {
-            if rank == self.mesh.rank {
-                add(data, own.iter().copied());
-            } else {
-                let bytes = numbers(rank, self.mesh.message(rank), data.len())?;
-                add(data, bytes);
-            }
+    /// The mesh, for a call of this rank's own thread. Sums that were begun and not finished, as after an error, come first.
+    fn core(&mut self) -> Result<MutexGuard<'_, Core>, Error> {
+        while self.under_way > 0 {
+            self.finish()?;
         }
-        Ok(())
+        Ok(self.core.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn scatter_and_gather(&mut self, data: &mut [f64]) -> Result<(), Error> {
-        let (rank, size) = (self.mesh.rank, self.mesh.size());
-        let share = |rank: usize| -> Range<usize> { data_share(data.len(), rank, size) };
-        let shares: Vec<Range<usize>> = (0..size).map(share).collect();
-        let others: Vec<usize> = self.mesh.others().collect();
-        let to: Vec<(usize, &[u8])> = others
-            .iter()
-            .map(|&r| (r, cast_slice(&data[shares[r].clone()])))
-            .collect();
-        self.mesh.exchange(&to, &others, Some(STEP_TIMEOUT))?;
-        let mut mine = data[shares[rank].clone()].to_vec();
-        self.add_up(&mut mine)?;
-        let to: Vec<(usize, &[u8])> = others.iter().map(|&r| (r, cast_slice(&mine))).collect();
-        self.mesh.exchange(&to, &others, Some(STEP_TIMEOUT))?;
-        data[shares[rank].clone()].copy_from_slice(&mine);
-        for other in others {
-            let part = &mut data[shares[other].clone()];
-            let sums = numbers(other, self.mesh.message(other), part.len())?;
-            part.iter_mut().zip(sums).for_each(|(v, sum)| *v = sum);
-        }
-        Ok(())
+    fn sum(&mut self, wire: Wire, data: &mut [f64]) -> Result<(), Error> {
+        let mut core = self.core()?;
+        let Core { mesh, reducer } = &mut *core;
+        reducer.all_reduce(mesh, wire, data)
     }
 }
 
 impl Collective for Tcp {
     fn rank(&self) -> usize {
-        self.mesh.rank
+        self.group.rank
     }
 
     fn size(&self) -> usize {
-        self.mesh.size()
+        self.group.peers.len()
     }
 
     fn all_reduce_f64(&mut self, data: &mut [f64]) -> Result<(), Error> {
-        for piece in data.chunks_mut(PIECE_LEN) {
-            if self.mesh.size() == 2 || size_of_val(piece) <= ONE_HOP_BYTES {
-                self.one_hop(piece)?;
-            } else {
-                self.scatter_and_gather(piece)?;
-            }
-        }
-        Ok(())
+        self.sum(self.group.wire, data)
+    }
+
+    fn all_reduce_exact(&mut self, data: &mut [f64]) -> Result<(), Error> {
+        self.sum(Wire::Exact, data)
     }
 
     fn gather_to_leader(&mut self, mine: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
-        if self.mesh.rank != 0 {
-            self.mesh.exchange(&[(0, mine)], &[], Some(STEP_TIMEOUT))?;
-            return Ok(Vec::new());
+        let mesh = &mut self.core()?.mesh;
+        if mesh.rank != 0 {
+            return mesh.exchange(&[(0, mine)], &[], Some(STEP_TIMEOUT));
         }
-        let others: Vec<usize> = self.mesh.others().collect();
-        self.mesh.exchange(&[], &others, Some(STEP_TIMEOUT))?;
-        let mut all = vec![mine.to_vec()];
-        all.extend(others.into_iter().map(|rank| self.mesh.take_message(rank)));
+        let others: Vec<usize> = mesh.others().collect();
+        let mut all = mesh.exchange(&[], &others, Some(STEP_TIMEOUT))?;
+        all.insert(0, mine.to_vec());
         Ok(all)
     }
 
     fn broadcast(&mut self, message: &mut Vec<u8>) -> Result<(), Error> {
-        if self.mesh.rank == 0 {
-            self.mesh.check_alive()?;
-            let to: Vec<(usize, &[u8])> = self
-                .mesh
+        let mesh = &mut self.core()?.mesh;
+        if mesh.rank == 0 {
+            mesh.check_alive()?;
+            let to: Vec<(usize, &[u8])> = mesh
                 .others()
                 .map(|rank| (rank, message.as_slice()))
                 .collect();
-            return self.mesh.exchange(&to, &[], Some(STEP_TIMEOUT));
+            mesh.exchange(&to, &[], Some(STEP_TIMEOUT))?;
+        } else if let Some(leaders) = mesh.exchange(&[], &[0], None)?.pop() {
+            *message = leaders;
         }
-        self.mesh.exchange(&[], &[0], None)?;
-        *message = self.mesh.take_message(0);
         Ok(())
     }
 
     fn interrupter(&self) -> Interrupter {
-        self.mesh.interrupter.clone()
+        self.interrupter.clone()
+    }
+
+    fn background(&mut self) -> Option<&mut dyn Background> {
+        (self.size() > 1).then_some(self)
     }
 }
 
-/// The part of `len` numbers that `rank` adds up.
-fn data_share(len: usize, rank: usize, size: usize) -> Range<usize> {
-    len * rank / size..len * (rank + 1) / size
-}
-
-fn add(data: &mut [f64], values: impl Iterator<Item = f64>) {
-    data.iter_mut().zip(values).for_each(|(sum, v)| *sum += v);
-}
-
-/// A message as numbers; exactly `len` of them.
-fn numbers(rank: usize, bytes: &[u8], len: usize) -> Result<impl Iterator<Item = f64>, Error> {
-    if bytes.len() != len * size_of::<f64>() {
-        let (expected, got) = (format!("{len} numbers"), format!("{} bytes", bytes.len()));
-        return Err(Error::Protocol {
-            rank,
-            expected,
-            got,
-        });
-    }
-    Ok(bytes
-        .chunks_exact(8)
-        .map(|b| f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]])))
-}
-
-/// How long a rank waits for the others while it joins.
-struct Patience {
-    deadline: Instant,
-    timeout: Duration,
-    interrupter: Interrupter,
-}
-
-impl Patience {
-    /// Time left, or why there is none.
-    fn left(&self, rank: usize) -> Result<Duration, Error> {
-        self.interrupter.check()?;
-        let left = self.deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(Error::NotJoined {
-                rank,
-                waited_ms: self.timeout.as_millis() as u64,
-            });
-        }
-        Ok(left)
-    }
-}
-
-/// Dials a lower rank until it answers.
-fn dial(group: &GroupConfig, rank: usize, patience: &Patience) -> Result<Link, Error> {
-    let about = Conversation {
-        group: group.group,
-        epoch: group.epoch,
-        dialler: group.rank as u32,
-        acceptor: rank as u32,
-    };
-    loop {
-        let left = patience.left(rank)?;
-        match call(group.peers[rank], about, patience) {
-            Ok((Welcome::Come, stream, own, theirs)) => {
-                let (out, back) = frame::keys(&group.key, about, (&own, &theirs));
-                return Link::new(
-                    rank,
-                    stream,
-                    Sealer::new(&out, group.epoch),
-                    Opener::new(&back, group.epoch, rank),
-                );
-            }
-            Ok((Welcome::Stale { newest }, ..)) => {
-                return Err(Error::StaleEpoch {
-                    rank,
-                    expected: group.epoch,
-                    got: newest,
-                });
-            }
-            Err(CallError::Interrupted(error)) => return Err(error),
-            // Not started yet, or still loading an older epoch.
-            Err(CallError::Io(error)) => {
-                tracing::trace!(%error, rank, "no answer yet");
-                std::thread::sleep(RETRY.min(left));
-            }
-        }
-    }
-}
-
-type Called = (Welcome, TcpStream, [u8; 32], [u8; 32]);
-
-fn call(addr: SocketAddr, about: Conversation, patience: &Patience) -> Result<Called, CallError> {
-    let mut stream = TcpStream::connect_timeout(&addr, CONNECT)?;
-    let own = fresh_nonce();
-    std::io::Write::write_all(&mut stream, &hub::hello(about, &own))?;
-    let (welcome, theirs) =
-        hub::read_welcome(&mut stream, patience.deadline, &patience.interrupter)?;
-    Ok((welcome, stream, own, theirs))
-}
-
-/// Waits for a higher rank.
-fn accept(hub: &Hub, group: &GroupConfig, rank: usize, patience: &Patience) -> Result<Link, Error> {
-    let about = Conversation {
-        group: group.group,
-        epoch: group.epoch,
-        dialler: rank as u32,
-        acceptor: group.rank as u32,
-    };
-    loop {
-        patience.left(rank)?;
-        let arrived = hub.wait_for(about, patience.deadline, &patience.interrupter)?;
-        let Some(mut arrival) = arrived else {
-            continue;
+impl Background for Tcp {
+    fn begin(&mut self, data: Vec<f64>) -> Result<(), Error> {
+        let gone = |_| Error::Io {
+            what: "the thread that sums",
+            why: "it has ended".into(),
         };
-        let own = fresh_nonce();
-        if std::io::Write::write_all(&mut arrival.stream, &hub::welcome(Welcome::Come, &own))
-            .is_err()
-        {
-            continue;
-        }
-        let (theirs, mine) = frame::keys(&group.key, about, (&arrival.nonce, &own));
-        return Link::new(
-            rank,
-            arrival.stream,
-            Sealer::new(&mine, group.epoch),
-            Opener::new(&theirs, group.epoch, rank),
-        );
+        let helper = match &self.helper {
+            Some(helper) => helper,
+            None => self.helper.insert(start(&self.core, self.group.wire)?),
+        };
+        helper.begun.send(data).map_err(gone)?;
+        self.under_way += 1;
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<Vec<f64>, Error> {
+        let helper = self.helper.as_ref().filter(|_| self.under_way > 0);
+        let finished = helper.and_then(|helper| helper.finished.recv().ok());
+        self.under_way = self.under_way.saturating_sub(1);
+        finished.unwrap_or_else(|| {
+            Err(Error::Io {
+                what: "the thread that sums",
+                why: "it has nothing under way".into(),
+            })
+        })
     }
 }
 
-/// Makes the keys of a connection its own; not a secret.
-fn fresh_nonce() -> [u8; 32] {
-    let mut nonce = [0; 32];
-    rand::rng().fill_bytes(&mut nonce);
-    nonce
+impl Drop for Tcp {
+    fn drop(&mut self) {
+        // A helper that waits for others would keep the connections open.
+        if self.under_way > 0 {
+            self.interrupter.interrupt();
+        }
+    }
+}
+
+/// Tells the others the leader's format.
+fn agree(mesh: &mut Mesh, own: Wire) -> Result<Wire, Error> {
+    if mesh.rank == 0 {
+        let others: Vec<usize> = mesh.others().collect();
+        let name = own.name().as_bytes();
+        let to: Vec<_> = others.iter().map(|&rank| (rank, name)).collect();
+        mesh.exchange(&to, &[], Some(GREETING))?;
+        return Ok(own);
+    }
+    let name = mesh.exchange(&[], &[0], Some(GREETING))?.concat();
+    let name = String::from_utf8_lossy(&name);
+    name.parse().map_err(|_| Error::Protocol {
+        rank: 0,
+        expected: "the name of a wire format".into(),
+        got: format!("{name:.20}"),
+    })
+}
+
+fn start(core: &Arc<Mutex<Core>>, wire: Wire) -> Result<Helper, Error> {
+    let (begun, work) = channel::<Vec<f64>>();
+    let (done, finished) = channel();
+    let core = core.clone();
+    let body = move || {
+        while let Ok(mut data) = work.recv() {
+            let mut core = core.lock().unwrap_or_else(PoisonError::into_inner);
+            let Core { mesh, reducer } = &mut *core;
+            // The cores belong to those who compute.
+            let spin = std::mem::take(&mut mesh.spin);
+            let summed = reducer.all_reduce(mesh, wire, &mut data);
+            mesh.spin = spin;
+            drop(core);
+            if done.send(summed.map(|()| data)).is_err() {
+                return;
+            }
+        }
+    };
+    std::thread::Builder::new()
+        .name("collective".into())
+        .spawn(body)
+        .map_err(|e| Error::Io {
+            what: "a thread that sums",
+            why: e.to_string(),
+        })?;
+    Ok(Helper { begun, finished })
 }

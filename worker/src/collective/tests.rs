@@ -18,6 +18,8 @@ fn config(hubs: &[Hub], rank: usize, epoch: u64) -> GroupConfig {
         rank,
         peers: hubs.iter().map(Hub::local_addr).collect(),
         key: [9; 32],
+        wire: Wire::Exact,
+        sealing: Sealing::Encrypted,
     }
 }
 

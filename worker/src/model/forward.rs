@@ -1,4 +1,9 @@
 //! The forward pass of one rank.
+//!
+//! Where sums over ranks travel over a network, the rows of a prefill step go through the layers in two halves: while one half's sum
+//! is under way, the other half is computed. A row's result does not depend on its company, so that changes no bit.
+
+use std::ops::Range;
 
 use kernels::{Device, Rope, SeqSpan};
 
@@ -8,6 +13,11 @@ use crate::file::{ModelConfig, ModelFile};
 use crate::load::{self, ShardNumbers, Weights};
 use crate::plan::{Shard, ShardPlan};
 
+/// Fewest rows that go in two halves: below, reading the weights twice costs more than waiting once.
+const HALVED_ROWS: usize = 64;
+/// Halves are whole tiles of the kernels.
+const TILE_ROWS: usize = 16;
+
 /// A rank's part of a llama, with its KV cache.
 pub struct Model<D: Device> {
     config: ModelConfig,
@@ -16,7 +26,16 @@ pub struct Model<D: Device> {
     kv: D::Kv,
     rope: Rope,
     shard: Shard,
-    room: Workspace<D>,
+    /// Of all rows, or of each half.
+    rooms: [Workspace<D>; 2],
+}
+
+/// Some consecutive rows of a step.
+struct Rows<'a> {
+    tokens: &'a [u32],
+    positions: &'a [u32],
+    slots: &'a [u32],
+    spans: Vec<SeqSpan<'a>>,
 }
 
 /// Activations. Grows with the largest step seen.
@@ -31,10 +50,13 @@ struct Workspace<D: Device> {
     attended: D::Buf,
     gate: D::Buf,
     up: D::Buf,
-    /// This rank's contribution to the residual stream, then all ranks', exactly.
+    /// This rank's contribution to the residual stream, then all ranks'. Away while it is summed in the background.
     sum: Vec<f64>,
-    /// Rows whose logits are wanted, `[rows, hidden]`.
+    under_way: bool,
+    /// Rows whose logits are wanted, `[wanted_rows, hidden]`, and the same normed.
     wanted: D::Buf,
+    wanted_normed: D::Buf,
+    wanted_rows: usize,
     /// Their logits, `[rows, vocab]`; grows with the most wanted so far.
     logits: D::Buf,
     logits_len: usize,
@@ -70,7 +92,8 @@ impl<D: Device> Model<D> {
             inv_freq: config.inv_freq(),
             interleaved: config.rope_interleaved,
         };
-        let room = Workspace::new(&device, &config, &shard, 1)?;
+        let room = || Workspace::new(&device, &config, &shard, 1);
+        let rooms = [room()?, room()?];
         Ok(Model {
             config,
             device,
@@ -78,7 +101,7 @@ impl<D: Device> Model<D> {
             kv,
             rope,
             shard,
-            room,
+            rooms,
         })
     }
 
@@ -108,174 +131,244 @@ impl<D: Device> Model<D> {
         batch: &StepBatch,
         group: &mut dyn Collective,
     ) -> Result<&[f32], Error> {
-        let Model {
-            config,
-            device,
-            weights,
-            kv,
-            rope,
-            shard,
-            room,
-        } = self;
-        let rows = batch.tokens.len();
-        if rows > room.rows {
-            *room = Workspace::new(device, config, shard, rows.next_power_of_two())?;
+        let count = batch.tokens.len();
+        let cut = if count >= HALVED_ROWS && group.background().is_some() {
+            (count / 2).next_multiple_of(TILE_ROWS)
+        } else {
+            count
+        };
+        let parts = [Rows::of(batch, 0..cut), Rows::of(batch, cut..count)];
+        let halved = cut < count;
+        let parts = if halved { &parts[..] } else { &parts[..1] };
+        for (room, part) in self.rooms.iter_mut().zip(parts) {
+            let rows = part.tokens.len();
+            if rows > room.rows {
+                let rows = rows.next_power_of_two();
+                *room = Workspace::new(&self.device, &self.config, &self.shard, rows)?;
+            }
+            // Nothing is under way any more of a step that failed.
+            room.under_way = false;
+            room.sum.resize(rows * self.config.hidden, 0.0);
         }
-        let spans: Vec<SeqSpan<'_>> = batch
-            .spans
-            .iter()
-            .map(|s| SeqSpan {
-                first_row: s.first_row,
-                rows: s.rows,
-                context: s.context,
-                blocks: &s.blocks,
+
+        for (half, part) in parts.iter().enumerate() {
+            self.embed(half, part.tokens, group)?;
+        }
+        for layer in 0..self.weights.layers.len() {
+            for (half, part) in parts.iter().enumerate() {
+                self.settle(half, group)?;
+                self.attention(layer, half, part);
+                self.add_up(half, halved, group)?;
+            }
+            for (half, part) in parts.iter().enumerate() {
+                self.settle(half, group)?;
+                self.feed_forward(layer, half, part);
+                self.add_up(half, halved, group)?;
+            }
+        }
+        for half in 0..parts.len() {
+            self.settle(half, group)?;
+        }
+        self.logits(cut, &batch.logits_rows)
+    }
+
+    /// `sum = attention(norm(x)) · output`, this rank's heads' part of it.
+    fn attention(&mut self, index: usize, half: usize, part: &Rows<'_>) {
+        let (config, device, shard) = (&self.config, &self.device, &self.shard);
+        let (layer, room) = (&self.weights.layers[index], &mut self.rooms[half]);
+        let rows = part.tokens.len();
+        let (heads, kv_heads) = (shard.query_heads.len(), shard.kv_heads.len());
+        device.rms_norm(
+            &room.x,
+            &layer.attention_norm,
+            rows,
+            config.eps,
+            &mut room.normed,
+        );
+        device.matmul(
+            &[&layer.query, &layer.key, &layer.value],
+            &room.normed,
+            rows,
+            &mut [&mut room.q, &mut room.k, &mut room.v],
+        );
+        device.rope(&mut room.q, rows, heads, part.positions, &self.rope);
+        device.rope(&mut room.k, rows, kv_heads, part.positions, &self.rope);
+        device.kv_write(&mut self.kv, index, &room.k, &room.v, part.slots);
+        device.attention(
+            &room.q,
+            &self.kv,
+            index,
+            heads,
+            &part.spans,
+            &mut room.attended,
+        );
+        let output: Vec<&D::Matrix> = layer.attention_output.iter().collect();
+        device.matmul_sum(&output, &room.attended, rows, &mut room.sum);
+    }
+
+    /// `sum = (silu(norm(x) · gate) * norm(x) · up) · down`, this rank's columns' part of it.
+    fn feed_forward(&mut self, index: usize, half: usize, part: &Rows<'_>) {
+        let (config, device, shard) = (&self.config, &self.device, &self.shard);
+        let (layer, room) = (&self.weights.layers[index], &mut self.rooms[half]);
+        let rows = part.tokens.len();
+        device.rms_norm(&room.x, &layer.ffn_norm, rows, config.eps, &mut room.normed);
+        device.matmul(
+            &[&layer.gate, &layer.up],
+            &room.normed,
+            rows,
+            &mut [&mut room.gate, &mut room.up],
+        );
+        device.silu_gate(&mut room.gate, &room.up, rows * shard.ffn_columns.len());
+        let down: Vec<&D::Matrix> = layer.down.iter().collect();
+        device.matmul_sum(&down, &room.gate, rows, &mut room.sum);
+    }
+
+    /// Adds all ranks' sums to the residual stream, now or in [`Model::settle`].
+    fn add_up(
+        &mut self,
+        half: usize,
+        later: bool,
+        group: &mut dyn Collective,
+    ) -> Result<(), Error> {
+        let room = &mut self.rooms[half];
+        if later && let Some(background) = group.background() {
+            background.begin(std::mem::take(&mut room.sum))?;
+            room.under_way = true;
+            return Ok(());
+        }
+        group.all_reduce_f64(&mut room.sum)?;
+        self.device.add_sum(&mut room.x, &room.sum);
+        Ok(())
+    }
+
+    /// Finishes what [`Model::add_up`] left for later.
+    fn settle(&mut self, half: usize, group: &mut dyn Collective) -> Result<(), Error> {
+        let room = &mut self.rooms[half];
+        if room.under_way
+            && let Some(background) = group.background()
+        {
+            room.sum = background.finish()?;
+            room.under_way = false;
+            self.device.add_sum(&mut room.x, &room.sum);
+        }
+        Ok(())
+    }
+
+    /// `x = embedding[tokens]`: the rank that has a token's row contributes it, the others zeros.
+    fn embed(
+        &mut self,
+        half: usize,
+        tokens: &[u32],
+        group: &mut dyn Collective,
+    ) -> Result<(), Error> {
+        let (device, room) = (&self.device, &mut self.rooms[half]);
+        if let Some(table) = &self.weights.embedding {
+            // A token of another rank wraps to an id beyond the table, which the device reads as zeros.
+            let ids: Vec<u32> = tokens
+                .iter()
+                .map(|&t| t.wrapping_sub(self.shard.vocab_rows.start as u32))
+                .collect();
+            device.embed(table, &ids, &mut room.x, 0);
+        }
+        if group.size() == 1 {
+            return Ok(());
+        }
+        room.host.resize(room.sum.len().max(room.host.len()), 0.0);
+        let host = &mut room.host[..room.sum.len()];
+        if self.weights.embedding.is_some() {
+            device.download(&room.x, 0, host);
+        } else {
+            host.fill(0.0);
+        }
+        // One contribution and zeros: exact without the grid, and small on the wire without rounding.
+        for (sum, &v) in room.sum.iter_mut().zip(&*host) {
+            *sum = f64::from(v);
+        }
+        group.all_reduce_exact(&mut room.sum)?;
+        for (v, &sum) in host.iter_mut().zip(&room.sum) {
+            *v = sum as f32;
+        }
+        device.upload(host, &mut room.x, 0);
+        Ok(())
+    }
+
+    /// Logits of the wanted rows, of which those from `cut` on lie in the second half, over this rank's part of the vocabulary.
+    fn logits(&mut self, cut: usize, rows: &[u32]) -> Result<&[f32], Error> {
+        let (device, hidden) = (&self.device, self.config.hidden);
+        let len = rows.len() * self.shard.vocab_rows.len();
+        let weights = &self.weights;
+        let Some(matrix) = weights
+            .output
+            .as_ref()
+            .or(weights.embedding.as_ref())
+            .filter(|_| !rows.is_empty())
+        else {
+            return Ok(&[]);
+        };
+        let [first, second] = &mut self.rooms;
+        first.host.resize(hidden.max(first.host.len()), 0.0);
+        if rows.len() > first.wanted_rows {
+            // Grows with the most wanted so far, which are mostly few.
+            let rows = rows.len().next_power_of_two();
+            first.wanted = device.alloc(rows * hidden)?;
+            first.wanted_normed = device.alloc(rows * hidden)?;
+            first.wanted_rows = rows;
+        }
+        for (i, &wanted) in rows.iter().enumerate() {
+            let row = &mut first.host[..hidden];
+            let wanted = wanted as usize;
+            match wanted.checked_sub(cut) {
+                None => device.download(&first.x, wanted * hidden, row),
+                Some(wanted) => device.download(&second.x, wanted * hidden, row),
+            }
+            device.upload(row, &mut first.wanted, i * hidden);
+        }
+        device.rms_norm(
+            &first.wanted,
+            &weights.output_norm,
+            rows.len(),
+            self.config.eps,
+            &mut first.wanted_normed,
+        );
+        if len > first.logits_len {
+            first.logits = device.alloc(len)?;
+            first.logits_len = len;
+        }
+        device.matmul(
+            &[matrix],
+            &first.wanted_normed,
+            rows.len(),
+            &mut [&mut first.logits],
+        );
+        if device.host(&first.logits).is_none() {
+            first.host.resize(len.max(first.host.len()), 0.0);
+            device.download(&first.logits, 0, &mut first.host[..len]);
+        }
+        let all = device.host(&first.logits).unwrap_or(&first.host);
+        Ok(&all[..len])
+    }
+}
+
+impl<'a> Rows<'a> {
+    /// The rows `rows` of a step, with spans counted from the first of them.
+    fn of(batch: &'a StepBatch, rows: Range<usize>) -> Rows<'a> {
+        let spans = batch.spans.iter().filter_map(|span| {
+            let start = span.first_row.max(rows.start);
+            let end = (span.first_row + span.rows).min(rows.end);
+            (start < end).then(|| SeqSpan {
+                first_row: start - rows.start,
+                rows: end - start,
+                context: span.context + (start - span.first_row),
+                blocks: &span.blocks,
             })
-            .collect();
-
-        embed(device, config, weights, shard, room, &batch.tokens, group)?;
-        for (index, layer) in weights.layers.iter().enumerate() {
-            device.rms_norm(
-                &room.x,
-                &layer.attention_norm,
-                rows,
-                config.eps,
-                &mut room.normed,
-            );
-            device.matmul(
-                &[&layer.query, &layer.key, &layer.value],
-                &room.normed,
-                rows,
-                &mut [&mut room.q, &mut room.k, &mut room.v],
-            );
-            device.rope(
-                &mut room.q,
-                rows,
-                shard.query_heads.len(),
-                &batch.positions,
-                rope,
-            );
-            device.rope(
-                &mut room.k,
-                rows,
-                shard.kv_heads.len(),
-                &batch.positions,
-                rope,
-            );
-            device.kv_write(kv, index, &room.k, &room.v, &batch.slots);
-            device.attention(
-                &room.q,
-                kv,
-                index,
-                shard.query_heads.len(),
-                &spans,
-                &mut room.attended,
-            );
-            let sum = &mut room.sum[..rows * config.hidden];
-            let parts: Vec<&D::Matrix> = layer.attention_output.iter().collect();
-            device.matmul_sum(&parts, &room.attended, rows, sum);
-            group.all_reduce_f64(sum)?;
-            device.add_sum(&mut room.x, sum);
-
-            device.rms_norm(&room.x, &layer.ffn_norm, rows, config.eps, &mut room.normed);
-            device.matmul(
-                &[&layer.gate, &layer.up],
-                &room.normed,
-                rows,
-                &mut [&mut room.gate, &mut room.up],
-            );
-            device.silu_gate(&mut room.gate, &room.up, rows * shard.ffn_columns.len());
-            let sum = &mut room.sum[..rows * config.hidden];
-            let parts: Vec<&D::Matrix> = layer.down.iter().collect();
-            device.matmul_sum(&parts, &room.gate, rows, sum);
-            group.all_reduce_f64(sum)?;
-            device.add_sum(&mut room.x, sum);
+        });
+        Rows {
+            tokens: &batch.tokens[rows.clone()],
+            positions: &batch.positions[rows.clone()],
+            slots: &batch.slots[rows.clone()],
+            spans: spans.collect(),
         }
-        logits(device, config, weights, shard, room, &batch.logits_rows)
     }
-}
-
-/// `x = embedding[tokens]`: the rank that has a token's row contributes it, the others zeros.
-fn embed<D: Device>(
-    device: &D,
-    config: &ModelConfig,
-    weights: &Weights<D>,
-    shard: &Shard,
-    room: &mut Workspace<D>,
-    tokens: &[u32],
-    group: &mut dyn Collective,
-) -> Result<(), Error> {
-    let len = tokens.len() * config.hidden;
-    if let Some(table) = &weights.embedding {
-        // A token of another rank wraps to an id beyond the table, which the device reads as zeros.
-        let ids: Vec<u32> = tokens
-            .iter()
-            .map(|&t| t.wrapping_sub(shard.vocab_rows.start as u32))
-            .collect();
-        device.embed(table, &ids, &mut room.x, 0);
-    }
-    if group.size() == 1 {
-        return Ok(());
-    }
-    room.host.resize(len, 0.0);
-    if weights.embedding.is_some() {
-        device.download(&room.x, 0, &mut room.host);
-    } else {
-        room.host.fill(0.0);
-    }
-    // One contribution and zeros: exact without the grid.
-    for (sum, &v) in room.sum.iter_mut().zip(&room.host) {
-        *sum = f64::from(v);
-    }
-    group.all_reduce_f64(&mut room.sum[..len])?;
-    for (v, &sum) in room.host.iter_mut().zip(&room.sum) {
-        *v = sum as f32;
-    }
-    device.upload(&room.host, &mut room.x, 0);
-    Ok(())
-}
-
-/// Logits of the wanted rows over this rank's part of the vocabulary.
-fn logits<'a, D: Device>(
-    device: &D,
-    config: &ModelConfig,
-    weights: &Weights<D>,
-    shard: &Shard,
-    room: &'a mut Workspace<D>,
-    rows: &[u32],
-) -> Result<&'a [f32], Error> {
-    let (hidden, len) = (config.hidden, rows.len() * shard.vocab_rows.len());
-    let Some(matrix) = weights
-        .output
-        .as_ref()
-        .or(weights.embedding.as_ref())
-        .filter(|_| !rows.is_empty())
-    else {
-        return Ok(&[]);
-    };
-    room.host.resize(hidden.max(room.host.len()), 0.0);
-    for (i, &wanted) in rows.iter().enumerate() {
-        let row = &mut room.host[..hidden];
-        device.download(&room.x, wanted as usize * hidden, row);
-        device.upload(row, &mut room.wanted, i * hidden);
-    }
-    device.rms_norm(
-        &room.wanted,
-        &weights.output_norm,
-        rows.len(),
-        config.eps,
-        &mut room.normed,
-    );
-    if len > room.logits_len {
-        room.logits = device.alloc(len)?;
-        room.logits_len = len;
-    }
-    device.matmul(&[matrix], &room.normed, rows.len(), &mut [&mut room.logits]);
-    if device.host(&room.logits).is_none() {
-        room.host.resize(len.max(room.host.len()), 0.0);
-        device.download(&room.logits, 0, &mut room.host[..len]);
-    }
-    let all = device.host(&room.logits).unwrap_or(&room.host);
-    Ok(&all[..len])
 }
 
 impl<D: Device> Workspace<D> {
@@ -301,7 +394,10 @@ impl<D: Device> Workspace<D> {
             gate: buffer(shard.ffn_columns.len())?,
             up: buffer(shard.ffn_columns.len())?,
             sum,
-            wanted: buffer(config.hidden)?,
+            under_way: false,
+            wanted: device.alloc(0)?,
+            wanted_normed: device.alloc(0)?,
+            wanted_rows: 0,
             logits: device.alloc(0)?,
             logits_len: 0,
             host: Vec::new(),

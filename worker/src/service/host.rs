@@ -13,7 +13,7 @@ use kernels::{Cpu, Isa};
 use tokio_util::sync::CancellationToken;
 
 use super::Shared;
-use crate::collective::{Collective, GroupConfig, Interrupter, Local, Shm, Tcp};
+use crate::collective::{Collective, GroupConfig, Interrupter, Local, Sealing, Shm, Tcp};
 use crate::embed::Embedder;
 use crate::engine::{Engine, EngineConfig};
 use crate::file::ModelFile;
@@ -367,6 +367,8 @@ impl Hosted {
             rank: self.rank.0 as usize,
             peers: group.ranks.iter().map(|r| r.data_addr).collect(),
             key: group.key,
+            wire: shared.config.wire,
+            sealing: Sealing::Encrypted,
         };
         let interrupter = self.interrupter.clone();
         let tcp = Tcp::join_with(&shared.hub, config, JOIN_TIMEOUT, interrupter)?;

@@ -18,7 +18,7 @@ use coordinator::transport::Transport;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::collective::{self, Hub};
+use crate::collective::{self, Hub, Wire};
 use host::Hosted;
 
 /// How often a rank's state is looked at for the heartbeats.
@@ -39,10 +39,12 @@ pub struct WorkerConfig {
     pub max_waiting: usize,
     /// Rows of one step: how much of a prompt is computed between two tokens of the other answers.
     pub step_rows: usize,
+    /// How sums travel in groups that this node leads, if its ranks are not all on one host.
+    pub wire: Wire,
 }
 
 impl WorkerConfig {
-    /// The defaults for a listening address: 32 sequences, 256 waiting, 256 rows a step.
+    /// The defaults for a listening address: 32 sequences, 256 waiting, 256 rows a step, exact sums.
     pub fn new(incarnation: u64, data_listen: SocketAddr) -> Self {
         Self {
             incarnation,
@@ -51,6 +53,7 @@ impl WorkerConfig {
             max_sequences: 32,
             max_waiting: 256,
             step_rows: 256,
+            wire: Wire::default(),
         }
     }
 }

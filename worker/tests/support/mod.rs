@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use kernels::{BLOCK_TOKENS, Cpu, Device, Isa};
-use worker::collective::{GroupConfig, Hub, Local, Shm, Tcp};
+use worker::collective::{GroupConfig, Hub, Local, Sealing, Shm, Tcp, Wire};
 use worker::file::ModelFile;
 use worker::model::{RankModel, Span, StepBatch, follow};
 use worker::plan::ShardPlan;
@@ -95,6 +95,8 @@ pub fn on_ranks_with<D: Device, T>(
             rank,
             peers,
             key: [1; 32],
+            wire: Wire::Exact,
+            sealing: Sealing::Encrypted,
         };
         let tcp = Tcp::join(&hubs[rank], group, Duration::from_secs(60)).unwrap();
         let ranks = if over == Over::Shm {
