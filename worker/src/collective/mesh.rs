@@ -16,8 +16,9 @@ use super::{Error, Interrupter};
 /// Busy polling before a wait blocks. A blocked thread is 30 to 70 µs late, so this covers a hop of 1 ms and the others' arriving
 /// a little later.
 pub const SPIN: Duration = Duration::from_micros(2500);
-/// Polls before each further one lets other threads have the core first: ranks and threads may be more than cores.
-const POLLS_ALONE: u32 = 16;
+/// Busy polling before each further poll lets other threads have the core first: ranks and threads may be more than cores, but where
+/// somebody else computes, giving way can cost a whole slice of the scheduler's, some milliseconds.
+const SPIN_ALONE: Duration = Duration::from_micros(8);
 /// Longest uninterruptible wait.
 const NAP: Duration = Duration::from_millis(20);
 /// Ranks that compute may be this far apart: the longest step of one rank, generously.
@@ -26,6 +27,8 @@ pub const STEP_TIMEOUT: Duration = Duration::from_secs(60);
 pub const MAX_MESSAGE_BYTES: usize = 512 << 20;
 /// Room for received bytes: the largest frame, and as much again of the next so that a read is seldom cut short.
 const INCOMING_BYTES: usize = 2 * (HEADER_BYTES + MAX_PAYLOAD_BYTES + TAG_BYTES);
+/// Sent bytes that may lie in front of unsent ones.
+const COMPACT_BYTES: usize = 256 << 10;
 /// Empty buffers that a lane keeps for later messages.
 const SPARE: usize = 4;
 
@@ -128,7 +131,14 @@ impl Link {
                     self.sent += n;
                     moved = true;
                 }
-                Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(moved),
+                Err(e) if e.kind() == ErrorKind::WouldBlock => {
+                    // A buffer that is never quite empty must not grow with all that ever went through it.
+                    if self.sent >= COMPACT_BYTES {
+                        self.outgoing.drain(..self.sent);
+                        self.sent = 0;
+                    }
+                    return Ok(moved);
+                }
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
                 Err(e) => return Err(self.lost(&e.to_string())),
             }
@@ -358,7 +368,6 @@ impl Mesh {
         mut step: impl FnMut(&mut Mesh) -> Result<bool, Error>,
     ) -> Result<(), Error> {
         let mut still = None;
-        let mut polls = 0;
         loop {
             let done = step(self)?;
             let mut moved = false;
@@ -382,17 +391,14 @@ impl Mesh {
                 continue;
             };
             if moved {
-                (still, polls) = (None, 0);
-                continue;
-            }
-            polls += 1;
-            if polls < POLLS_ALONE {
-                std::hint::spin_loop();
+                still = None;
                 continue;
             }
             let waited = still.get_or_insert_with(Instant::now).elapsed();
             if waited < self.spin {
-                std::thread::yield_now();
+                if waited > SPIN_ALONE {
+                    std::thread::yield_now();
+                }
                 continue;
             }
             if timeout.is_some_and(|t| waited > t) {

@@ -9,7 +9,7 @@
 //! [`kernels::to_grid`] as integers of 2⁻³² in the fewest whole bytes that hold the largest (0 and 2 to 6), or as f32 where those
 //! are the same numbers, or as they are. Partial sums of a model take four to five bytes so, not f64's eight.
 //! `f32`, `bf16`: rounded to nearest, ties to even (bf16 by way of f32). `int8`: blocks of [`INT8_BLOCK`] values, an f32 scale of
-//! the largest magnitude / 127, then a code each; a block that holds NaN or an infinity becomes NaN.
+//! the largest magnitude / 127, then a code each, the value · (127 / largest) rounded; a block that holds NaN or an infinity becomes NaN.
 
 use serde::{Deserialize, Serialize};
 
@@ -75,44 +75,45 @@ impl Wire {
         }
     }
 
+    /// Bytes that `values` take.
+    pub fn encoded_bytes(self, values: &[f64]) -> usize {
+        let mut message = Vec::new();
+        self.encode(values, &mut message);
+        message.len()
+    }
+
     /// Appends `values` to `out`.
     pub fn encode(self, values: &[f64], out: &mut Vec<u8>) {
         out.reserve(self.most_bytes(values.len()));
-        match self {
+        wide(|| match self {
             Wire::Exact => values.chunks(BLOCK).for_each(|b| encode_exact(b, out)),
             Wire::F32 => put(out, values, |v| (v as f32).to_le_bytes()),
             Wire::Bf16 => put(out, values, |v| bf16(v as f32).to_le_bytes()),
             Wire::Int8 => values.chunks(INT8_BLOCK).for_each(|b| encode_int8(b, out)),
-        }
+        })
     }
 
     /// Adds the values of a message to `sums`; it must hold exactly as many.
     pub fn add(self, message: &[u8], sums: &mut [f64]) -> Result<(), Malformed> {
-        self.decode(message, sums, |sum, v| *sum += v)
+        wide(|| self.decode(message, sums, |sum, v| *sum += v))
     }
 
     /// Replaces `values` by those of a message; it must hold exactly as many.
     pub fn set(self, message: &[u8], values: &mut [f64]) -> Result<(), Malformed> {
-        self.decode(message, values, |value, v| *value = v)
+        wide(|| self.decode(message, values, |value, v| *value = v))
     }
 
     /// Q: what `values` are after travelling.
     pub fn round(self, values: &mut [f64]) {
-        match self {
+        wide(|| match self {
             Wire::Exact => {}
             Wire::F32 => values.iter_mut().for_each(|v| *v = f64::from(*v as f32)),
-            Wire::Bf16 => values
-                .iter_mut()
-                .for_each(|v| *v = from_bf16(bf16(*v as f32))),
-            Wire::Int8 => {
-                for block in values.chunks_mut(INT8_BLOCK) {
-                    let mut codes = [0; INT8_BLOCK];
-                    let scale = int8(block, &mut codes);
-                    let each = block.iter_mut().zip(codes);
-                    each.for_each(|(v, code)| *v = f64::from(code) * f64::from(scale));
-                }
+            Wire::Bf16 => {
+                let each = values.iter_mut();
+                each.for_each(|v| *v = from_bf16(bf16(*v as f32)));
             }
-        }
+            Wire::Int8 => values.chunks_mut(INT8_BLOCK).for_each(round_int8),
+        })
     }
 
     #[inline(always)]
@@ -182,6 +183,23 @@ impl std::fmt::Display for Wire {
     }
 }
 
+/// Runs `f` with the widest vectors that the processor has and that make a difference; the results are the same.
+#[inline(always)]
+fn wide<T>(f: impl FnOnce() -> T) -> T {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx2")]
+        fn with_avx2<T>(f: impl FnOnce() -> T) -> T {
+            f()
+        }
+        if std::arch::is_x86_feature_detected!("avx2") {
+            // SAFETY: the processor has just been asked.
+            return unsafe { with_avx2(f) };
+        }
+    }
+    f()
+}
+
 /// Appends each value as `N` bytes.
 #[inline(always)]
 fn put<T: Copy, const N: usize>(out: &mut Vec<u8>, values: &[T], bytes: impl Fn(T) -> [u8; N]) {
@@ -206,6 +224,7 @@ fn get<const N: usize>(
     }
 }
 
+#[inline(always)]
 fn encode_exact(values: &[f64], out: &mut Vec<u8>) {
     let mut fixed = [0i64; BLOCK];
     let (mut off_grid, mut bits) = (0u64, 0u64);
@@ -311,6 +330,15 @@ fn decode_exact<'a>(
     Ok(rest)
 }
 
+#[inline(always)]
+fn round_int8(block: &mut [f64]) {
+    let mut codes = [0; INT8_BLOCK];
+    let scale = f64::from(int8(block, &mut codes));
+    let each = block.iter_mut().zip(codes);
+    each.for_each(|(v, code)| *v = f64::from(code) * scale);
+}
+
+#[inline(always)]
 fn encode_int8(values: &[f64], out: &mut Vec<u8>) {
     let mut codes = [0; INT8_BLOCK];
     let scale = int8(values, &mut codes);
@@ -321,26 +349,45 @@ fn encode_int8(values: &[f64], out: &mut Vec<u8>) {
 /// Codes of a block, and what they count.
 #[inline(always)]
 fn int8(values: &[f64], codes: &mut [i8; INT8_BLOCK]) -> f32 {
-    // Adding and taking away this rounds an f32 below 2²² to an integer.
+    // Adding this to an f32 below 2²² rounds it to an integer, which then lies in the low bits.
     const ROUND: f32 = 12_582_912.0;
-    let mut largest = 0.0f32;
-    // Zero unless a value is NaN or infinite.
-    let mut poison = 0.0f32;
-    for &v in values {
-        let v = v as f32;
-        largest = if v.abs() > largest { v.abs() } else { largest };
-        poison += v * 0.0;
+    // Lanes of their own make vectors of the loops.
+    const LANES: usize = 8;
+    let mut floats = [0.0f32; INT8_BLOCK];
+    match values.first_chunk::<INT8_BLOCK>() {
+        // Of a known length it becomes vectors.
+        Some(whole) => floats
+            .iter_mut()
+            .zip(whole)
+            .for_each(|(f, &v)| *f = v as f32),
+        None => floats
+            .iter_mut()
+            .zip(values)
+            .for_each(|(f, &v)| *f = v as f32),
     }
-    if poison.is_nan() {
+    let (mut largest, mut poison) = ([0.0f32; LANES], [0.0f32; LANES]);
+    for lanes in floats.as_chunks::<LANES>().0 {
+        for i in 0..LANES {
+            let v = lanes[i].abs();
+            largest[i] = if v > largest[i] { v } else { largest[i] };
+            // Stays zero unless a value is NaN or infinite.
+            poison[i] += v * 0.0;
+        }
+    }
+    if poison.iter().any(|p| p.is_nan()) {
         return f32::NAN;
     }
+    let largest = largest
+        .iter()
+        .fold(0.0f32, |a, &b| if b > a { b } else { a });
     let scale = largest / 127.0;
     // Too small for a quotient: nothing that a sum would notice.
     if scale < f32::MIN_POSITIVE {
         return 0.0;
     }
-    for (code, &v) in codes.iter_mut().zip(values) {
-        *code = ((v as f32 / scale + ROUND) - ROUND) as i8;
+    let per_unit = 127.0 / largest;
+    for (code, f) in codes.iter_mut().zip(floats) {
+        *code = (f * per_unit + ROUND).to_bits() as i8;
     }
     scale
 }
@@ -408,11 +455,11 @@ mod tests {
                 .flat_map(|block| {
                     let block: Vec<f32> = block.iter().map(|&v| v as f32).collect();
                     let bad = block.iter().any(|v| !v.is_finite());
-                    let scale = block.iter().fold(0.0f32, |m, v| m.max(v.abs())) / 127.0;
-                    block.into_iter().map(move |v| match scale {
+                    let largest = block.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+                    block.into_iter().map(move |v| match largest / 127.0 {
                         _ if bad => f64::NAN,
                         s if s < f32::MIN_POSITIVE => 0.0,
-                        s => f64::from((v / s).round_ties_even()) * f64::from(s),
+                        s => f64::from((v * (127.0 / largest)).round_ties_even()) * f64::from(s),
                     })
                 })
                 .collect(),

@@ -1,7 +1,10 @@
 //! What ranks pay for being several: sums over the network and through shared memory beside their floors, and a model on several
 //! ranks beside one.
 
+mod measure;
+mod net;
 mod ranks;
+mod relay;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -14,12 +17,15 @@ struct Options {
 
 #[derive(Subcommand)]
 enum What {
+    /// Sums through shared memory, over loopback, and between network namespaces with delay and limited rate (needs root)
+    Net(net::Options),
     /// A model on one rank of several threads beside several ranks of one
     Ranks(ranks::Options),
 }
 
 fn main() -> Result<()> {
     match Options::parse().what {
+        What::Net(options) => net::run(&options),
         What::Ranks(options) => ranks::run(&options),
     }
 }

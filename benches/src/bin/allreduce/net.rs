@@ -1,0 +1,382 @@
+//! The all-reduce over every kind of connection, beside its floors: what is measured, and how it is written down.
+
+use std::fmt::Write;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use benches::plot::{self, Series};
+use clap::Args;
+use serde::Serialize;
+use worker::collective::{Sealing, Wire};
+
+use crate::measure::{self, Cell, Setting, Transport};
+use crate::relay::Line;
+
+const DELAYS_MS: [f64; 3] = [0.05, 0.2, 1.0];
+const RATES_GBIT: [f64; 2] = [1.0, 10.0];
+const SIZES: [usize; 8] = [
+    1 << 10,
+    4 << 10,
+    16 << 10,
+    64 << 10,
+    256 << 10,
+    1 << 20,
+    4 << 20,
+    16 << 20,
+];
+/// Time for the calls of one cell, about.
+const BUDGET: Duration = Duration::from_millis(60);
+/// What a rank may add to the way of a small message.
+const ALLOWED_US: f64 = 15.0;
+/// Sums up to this size count as small.
+const SMALL_BYTES: usize = 64 << 10;
+
+#[derive(Args)]
+pub struct Options {
+    /// Fewer sizes, formats and lines: under 40 seconds
+    #[arg(long)]
+    quick: bool,
+    /// Only this many ranks
+    #[arg(long)]
+    ranks: Option<usize>,
+    /// Only connections whose name contains this, as "shm" or "0.2 ms"
+    #[arg(long)]
+    only: Option<String>,
+    /// Every cell as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Tables; on standard output when absent
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
+    /// A picture over message size
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+}
+
+#[derive(Serialize)]
+struct Report {
+    seconds: f64,
+    cells: Vec<Cell>,
+    /// Why kinds of connection are missing.
+    left_out: Vec<String>,
+}
+
+pub fn run(options: &Options) -> Result<()> {
+    let start = Instant::now();
+    let (mut cells, mut left_out) = (Vec::new(), Vec::new());
+    for transport in transports(options.quick) {
+        let name = transport.name();
+        if options
+            .only
+            .as_ref()
+            .is_some_and(|part| !name.contains(part))
+        {
+            continue;
+        }
+        for ranks in 2..=4 {
+            if options.ranks.is_some_and(|only| only != ranks) || options.quick && ranks == 4 {
+                continue;
+            }
+            let settings = settings(transport, options.quick);
+            let sizes: Vec<usize> = SIZES
+                .into_iter()
+                .filter(|&size| !options.quick || [4 << 10, 64 << 10, 1 << 20].contains(&size))
+                .collect();
+            match measure::group(transport, ranks, &settings, &sizes, BUDGET) {
+                Ok(measured) => cells.extend(measured),
+                Err(error) => left_out.push(format!("{ranks} ranks, {name}: {error:#}")),
+            }
+        }
+    }
+    loopback_floors(&mut cells);
+    let report = Report {
+        seconds: start.elapsed().as_secs_f64(),
+        cells,
+        left_out,
+    };
+    let write = |path: &PathBuf, text: &str| {
+        std::fs::write(path, text).with_context(|| path.display().to_string())
+    };
+    if let Some(path) = &options.json {
+        write(path, &serde_json::to_string_pretty(&report)?)?;
+    }
+    if let Some(path) = &options.svg {
+        write(path, &picture(&report.cells)?)?;
+    }
+    let text = markdown(&report);
+    match &options.markdown {
+        Some(path) => write(path, &text),
+        None => {
+            print!("{text}");
+            Ok(())
+        }
+    }
+}
+
+fn transports(quick: bool) -> Vec<Transport> {
+    let mut all = vec![Transport::Shm, Transport::Loopback];
+    for delay_ms in DELAYS_MS {
+        for gbit in RATES_GBIT {
+            if quick && (delay_ms, gbit) != (0.2, 1.0) && (delay_ms, gbit) != (0.05, 10.0) {
+                continue;
+            }
+            all.push(Transport::Line(Line {
+                delay: Duration::from_secs_f64(delay_ms / 1e3),
+                bits_per_s: gbit * 1e9,
+            }));
+        }
+    }
+    all
+}
+
+fn settings(transport: Transport, quick: bool) -> Vec<Setting> {
+    let encrypted = |wire| Setting {
+        wire,
+        sealing: Sealing::Encrypted,
+    };
+    // Nothing of these travels through memory.
+    if transport == Transport::Shm {
+        return vec![encrypted(Wire::Exact)];
+    }
+    let formats = Wire::ALL.into_iter();
+    let mut all: Vec<Setting> = formats
+        .filter(|&wire| !quick || [Wire::Exact, Wire::Int8].contains(&wire))
+        .map(encrypted)
+        .collect();
+    all.push(Setting {
+        wire: Wire::Exact,
+        sealing: Sealing::ClearForMeasuring,
+    });
+    all
+}
+
+/// Loopback has neither a known delay nor a rate: its floor is the plain exchange of as many bytes, by a line through its sizes.
+fn loopback_floors(cells: &mut [Cell]) {
+    let mut bare: Vec<(f64, f64)> = cells
+        .iter()
+        .filter(|c| c.format == "bare" && c.gbit_per_s.is_none())
+        .map(|c| (c.wire_bytes as f64, c.median_us))
+        .collect();
+    bare.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let at = |bytes: f64| {
+        let pair = bare
+            .windows(2)
+            .find(|pair| bytes <= pair[1].0)
+            .or(bare.windows(2).last())?;
+        let slope = (pair[1].1 - pair[0].1) / (pair[1].0 - pair[0].0);
+        Some((pair[0].1 + slope * (bytes - pair[0].0)).max(bare[0].1))
+    };
+    for cell in cells {
+        if cell.transport == "loopback" && cell.format != "bare" {
+            cell.floor_us = at(((cell.ranks - 1) * cell.wire_bytes) as f64);
+        }
+    }
+}
+
+fn markdown(report: &Report) -> String {
+    let mut out = String::new();
+    let cells = &report.cells;
+    let _ = writeln!(
+        out,
+        "Größe: die summierten Zahlen als f32. Boden: Laufzeit in einer Richtung + Bytes/Rate des schnelleren Weges (ein Sprung, oder \
+         Anteile); auf Loopback der nackte TCP-Austausch ebenso vieler Bytes. Zeiten in µs: Median / p99 (× Boden). {:.0} s gemessen.\n",
+        report.seconds
+    );
+    for ranks in 2..=4 {
+        let of = |c: &&Cell| c.ranks == ranks && c.format == "exact" && c.encrypted;
+        let mut names: Vec<&str> = Vec::new();
+        let mut sizes: Vec<usize> = Vec::new();
+        for cell in cells.iter().filter(of) {
+            if !names.contains(&cell.transport.as_str()) {
+                names.push(&cell.transport);
+            }
+            if !sizes.contains(&cell.bytes) {
+                sizes.push(cell.bytes);
+            }
+        }
+        if names.is_empty() {
+            continue;
+        }
+        let _ = writeln!(out, "**{ranks} Ränge, `exact`, verschlüsselt**\n");
+        let _ = writeln!(out, "| Größe | {} |", names.join(" | "));
+        let _ = writeln!(out, "| ---: |{}", " ---: |".repeat(names.len()));
+        for &bytes in &sizes {
+            let _ = write!(out, "| {} |", size(bytes));
+            for name in &names {
+                let found = cells
+                    .iter()
+                    .filter(of)
+                    .find(|c| c.bytes == bytes && c.transport == *name);
+                let _ = write!(out, " {} |", found.map_or(String::new(), times));
+            }
+            let _ = writeln!(out);
+        }
+        let _ = writeln!(out);
+    }
+    formats(&mut out, cells);
+    encryption(&mut out, cells);
+    small(&mut out, cells);
+    for why in &report.left_out {
+        let _ = writeln!(out, "Nicht gemessen: {why}");
+    }
+    out
+}
+
+fn times(cell: &Cell) -> String {
+    let ratio = cell
+        .floor_us
+        .map(|floor| format!(" (×{:.2})", cell.median_us / floor));
+    format!(
+        "{:.0} / {:.0}{}",
+        cell.median_us,
+        cell.p99_us,
+        ratio.unwrap_or_default()
+    )
+}
+
+/// Each format beside the exact one.
+fn formats(out: &mut String, cells: &[Cell]) {
+    let _ = writeln!(out, "**Formate, 2 Ränge, verschlüsselt: Median in µs**\n");
+    let _ = writeln!(
+        out,
+        "| Verbindung | Größe | nackt | exact | f32 | bf16 | int8 |"
+    );
+    let _ = writeln!(out, "| --- | ---: | ---: | ---: | ---: | ---: | ---: |");
+    for base in cells
+        .iter()
+        .filter(|c| c.ranks == 2 && c.format == "exact" && c.encrypted)
+    {
+        if base.transport == "shm" || ![16 << 10, 64 << 10, 1 << 20, 4 << 20].contains(&base.bytes)
+        {
+            continue;
+        }
+        let median = |format: &str| {
+            let same = |c: &&Cell| {
+                (c.ranks, c.bytes, &c.transport) == (2, base.bytes, &base.transport)
+                    && c.format == format
+                    && (c.encrypted || format == "bare")
+            };
+            cells
+                .iter()
+                .find(same)
+                .map_or("–".into(), |c| format!("{:.0}", c.median_us))
+        };
+        let columns = ["bare", "exact", "f32", "bf16", "int8"].map(median);
+        let _ = writeln!(
+            out,
+            "| {} | {} | {} |",
+            base.transport,
+            size(base.bytes),
+            columns.join(" | ")
+        );
+    }
+    let _ = writeln!(out);
+}
+
+/// What encryption costs where nothing else does.
+fn encryption(out: &mut String, cells: &[Cell]) {
+    let _ = writeln!(
+        out,
+        "**Verschlüsselung, Loopback, `exact`: Median in µs ohne → mit**\n"
+    );
+    let _ = writeln!(out, "| Größe | 2 Ränge | 3 Ränge | 4 Ränge |");
+    let _ = writeln!(out, "| ---: | ---: | ---: | ---: |");
+    for bytes in SIZES {
+        let pair = |ranks: usize| {
+            let median = |encrypted: bool| {
+                let same = |c: &&Cell| {
+                    (c.ranks, c.bytes, c.encrypted) == (ranks, bytes, encrypted)
+                        && c.transport == "loopback"
+                        && c.format == "exact"
+                };
+                cells.iter().find(same).map(|c| c.median_us)
+            };
+            Some(format!("{:.0} → {:.0}", median(false)?, median(true)?))
+        };
+        let pairs = [2, 3, 4].map(|ranks| pair(ranks).unwrap_or_else(|| "–".into()));
+        if pairs.iter().any(|p| p != "–") {
+            let _ = writeln!(out, "| {} | {} |", size(bytes), pairs.join(" | "));
+        }
+    }
+    let _ = writeln!(out);
+}
+
+/// How many small sums keep what was promised.
+fn small(out: &mut String, cells: &[Cell]) {
+    let small = || {
+        cells.iter().filter(|c| {
+            c.bytes <= SMALL_BYTES && c.format != "bare" && c.encrypted && c.gbit_per_s.is_some()
+        })
+    };
+    for ranks in 2..=4 {
+        let of = || small().filter(|c| c.ranks == ranks);
+        let floor = |c: &Cell| c.floor_us.unwrap_or(f64::NAN) + ALLOWED_US;
+        let count = of().count();
+        if count == 0 {
+            continue;
+        }
+        let median = of().filter(|c| c.median_us <= floor(c)).count();
+        let p99 = of().filter(|c| c.p99_us <= 2.0 * floor(c)).count();
+        let mut over: Vec<f64> = of().map(|c| c.median_us + ALLOWED_US - floor(c)).collect();
+        over.sort_by(f64::total_cmp);
+        let _ = writeln!(
+            out,
+            "{ranks} Ränge über Leitungen, bis {}: Median höchstens Boden + {ALLOWED_US:.0} µs in {median} von {count} Fällen (mittlerer Aufschlag \
+             {:.0} µs), p99 höchstens das Doppelte davon in {p99}.\n",
+            size(SMALL_BYTES),
+            over[over.len() / 2]
+        );
+    }
+}
+
+fn size(bytes: usize) -> String {
+    match bytes {
+        b if b >= 1 << 20 => format!("{} MiB", b >> 20),
+        b => format!("{} KiB", b >> 10),
+    }
+}
+
+/// Medians of exact sums over size: a line for each kind of connection, its floor dashed.
+fn picture(cells: &[Cell]) -> Result<String> {
+    let mut series: Vec<Series> = Vec::new();
+    let shown = ["shm", "loopback", "0.05 ms, 10 Gbit/s", "1 ms, 1 Gbit/s"];
+    for name in shown {
+        for ranks in [2, 4] {
+            let of = || {
+                cells.iter().filter(move |c| {
+                    (c.ranks, c.transport.as_str()) == (ranks, name)
+                        && c.format == "exact"
+                        && c.encrypted
+                })
+            };
+            let line = |dashed: bool, points: Vec<(f64, f64)>| Series {
+                name: format!(
+                    "{name}, {ranks} ranks{}",
+                    if dashed { ", floor" } else { "" }
+                ),
+                points,
+                dashed,
+            };
+            if of().next().is_none() {
+                continue;
+            }
+            series.push(line(
+                false,
+                of().map(|c| (c.bytes as f64, c.median_us)).collect(),
+            ));
+            if ranks == 2 && name.contains("Gbit") {
+                let floors = of().filter_map(|c| Some((c.bytes as f64, c.floor_us?)));
+                series.push(line(true, floors.collect()));
+            }
+        }
+    }
+    plot::lines(
+        "All-reduce, exact, encrypted: median",
+        "bytes of the summed numbers as f32",
+        "µs",
+        true,
+        true,
+        &series,
+    )
+}
