@@ -34,10 +34,13 @@ test: build ## every test that takes seconds, a whole cluster's included
 test-all: test ## and the slow ones
 	@$(env) $(bounded) 5400 cargo test --locked --workspace -- --ignored
 
-bench: build ## the engine's figures beside the machine's limits
+# ONLY=engine,serving runs some parts; CANDLE=path/to/engine compares with candle too. A peer that cannot be had is left out.
+SHAPES = tiny:Q8_0 1b:Q4_0 1b:Q4_K_M 1b:Q8_0 8b:Q4_0
+bench: build ## measure beside the machine's limits and llama.cpp, and write docs/benchmarks.md
 	@ops/setup models
-	@$(env) cargo build --locked --workspace --bin kernels --test answers
-	@$(env) "$$CARGO_TARGET_DIR/debug/kernels"
+	@$(env) cargo build --locked --workspace --bin verbund --bin shapes --bin report --bin allreduce --test answers
+	@ops/setup bench $(SHAPES) || echo "make bench: measuring without the peer"
+	@$(env) "$$CARGO_TARGET_DIR/debug/report" $(if $(ONLY),--only $(ONLY)) $(if $(CANDLE),--candle $(CANDLE)) $(REPORT)
 
 lint: ## format, clippy and dependency checks
 	@ops/setup tools

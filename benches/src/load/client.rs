@@ -92,10 +92,15 @@ pub struct Ask<'a> {
 /// Asks and takes the stream to its end.
 pub async fn ask(http: &reqwest::Client, target: &Target, ask: Ask<'_>) -> Answer {
     let mut answer = Answer::default();
-    if let Err(error) = stream(http, target, ask, &mut answer).await {
+    ask_into(http, target, ask, &mut answer).await;
+    answer
+}
+
+/// The same, keeping what came so far in `answer` where the caller stops waiting.
+pub async fn ask_into(http: &reqwest::Client, target: &Target, ask: Ask<'_>, answer: &mut Answer) {
+    if let Err(error) = stream(http, target, ask, answer).await {
         answer.error = Some(format!("{error:#}"));
     }
-    answer
 }
 
 async fn stream(

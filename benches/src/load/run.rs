@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use tokio::task::JoinSet;
-use tokio::time::{sleep_until, timeout};
+use tokio::time::{sleep_until, timeout_at};
 
 use super::client::{self, Answer, Ask};
 use super::plan::{Arrivals, Plan, Request, Requests, schedule};
@@ -24,6 +24,8 @@ pub enum Outcome {
     Refused(u16),
     /// The connection or the stream broke.
     Broken(String),
+    /// Not answered when the run ended; the first token counts as late as that, or later.
+    Unanswered,
     /// Too many others were under way already.
     NotSent,
 }
@@ -44,9 +46,11 @@ pub struct Record {
 }
 
 impl Record {
-    /// Seconds from the intended beginning to the first token.
+    /// Seconds from the intended beginning to the first token; at least so many where the run ended before it came.
     pub fn first_token_s(&self) -> Option<f64> {
-        Some(self.tokens_s.first()? - self.intended_s)
+        let first = self.tokens_s.first().copied();
+        let late = (self.outcome == Outcome::Unanswered).then_some(self.end_s);
+        Some(first.or(late)? - self.intended_s)
     }
 
     /// Seconds between neighbouring tokens.
@@ -91,17 +95,8 @@ pub async fn run(plan: &Plan) -> Result<Vec<Record>> {
             vec![record]
         });
     }
-    let rest = async {
-        while let Some(done) = tasks.join_next().await {
-            records.extend(done?);
-        }
-        anyhow::Ok(())
-    };
-    let left =
-        (shared.start + plan.duration + plan.drain).saturating_duration_since(Instant::now());
-    match timeout(left, rest).await {
-        Ok(done) => done?,
-        Err(_) => eprintln!("some requests were not answered in time and are not counted"),
+    while let Some(done) = tasks.join_next().await {
+        records.extend(done?);
     }
     records.sort_by(|a, b| a.end_s.total_cmp(&b.end_s));
     Ok(records)
@@ -151,8 +146,13 @@ impl Shared {
             cancel_after: request.cancel_after,
             temperature: 0.0,
         };
-        let answer = client::ask(&self.http, &self.plan.target, ask).await;
-        let outcome = outcome(&answer);
+        let mut answer = Answer::default();
+        let asked = client::ask_into(&self.http, &self.plan.target, ask, &mut answer);
+        let end = self.start + self.plan.duration + self.plan.drain;
+        let outcome = match timeout_at(end.into(), asked).await {
+            Ok(()) => outcome(&answer),
+            Err(_) => Outcome::Unanswered,
+        };
         let mut record = self.record(request, intended_s, self.now_s(), outcome);
         record.sent_s = sent_s;
         let since = |t: &Instant| t.duration_since(self.start).as_secs_f64();

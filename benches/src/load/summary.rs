@@ -111,6 +111,7 @@ fn tenant_summary(name: &str, records: &[&Record], bounds: Bounds, seconds: f64)
             Outcome::Answered | Outcome::Cancelled => continue,
             Outcome::Refused(status) => format!("HTTP {status}"),
             Outcome::Broken(_) => "broken".into(),
+            Outcome::Unanswered => "unanswered".into(),
             Outcome::NotSent => "not sent".into(),
         };
         *failed.entry(kind).or_insert(0) += 1;
@@ -220,15 +221,22 @@ mod tests {
             // Two tokens too far apart.
             record(0, 3.0, &[3.1, 3.5, 3.9], Outcome::Answered),
             record(0, 4.0, &[], Outcome::Refused(429)),
+            Record {
+                end_s: 9.0,
+                ..record(0, 5.0, &[], Outcome::Unanswered)
+            },
         ];
         let all: Vec<&Record> = records.iter().collect();
         let summary = tenant_summary("a", &all, bounds, 4.0);
-        assert_eq!((summary.requests, summary.answered), (4, 3));
+        assert_eq!((summary.requests, summary.answered), (5, 3));
         assert_eq!(summary.failed["HTTP 429"], 1);
-        assert!((summary.first_token_s.max - 1.2).abs() < 1e-9);
+        // Who was never answered waited at least until the end; who was refused did not wait.
+        assert_eq!(summary.first_token_s.count, 4);
+        assert!((summary.first_token_s.max - 4.0).abs() < 1e-9);
+        assert!((summary.first_token_s.p50 - 0.9).abs() < 1e-9);
         assert!((summary.longest_gap_s.max - 0.4).abs() < 1e-9);
         assert!((summary.goodput_per_s - 0.25).abs() < 1e-9);
         assert!((summary.sent_late_s.p50 - 0.5).abs() < 1e-9);
-        assert_eq!(summary.cached_tokens, 16);
+        assert_eq!(summary.cached_tokens, 20);
     }
 }

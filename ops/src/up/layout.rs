@@ -223,11 +223,19 @@ impl Planned<'_> {
         let listen = existing
             .as_ref()
             .map_or_else(free_udp, |c| Ok(c.node.listen))?;
-        let data = existing
-            .and_then(|c| c.worker.data_listen)
-            .filter(|addr| TcpListener::bind(addr).is_ok())
-            .map_or_else(free_tcp, Ok)?;
+        let kept = |address: fn(&NodeConfig) -> Option<SocketAddr>| {
+            let address = existing.as_ref().and_then(address);
+            address
+                .filter(|addr| TcpListener::bind(addr).is_ok())
+                .map_or_else(free_tcp, Ok)
+        };
+        let (data, admin) = (
+            kept(|c| c.worker.data_listen)?,
+            kept(|c| c.node.admin_listen)?,
+        );
         let mut config = self.config(&name, &[Role::Worker], listen);
+        // The engine's metrics are a worker's; the gateway shows only its own.
+        config.node.admin_listen = Some(admin);
         config.cluster.seeds = seeds.to_vec();
         config.worker = WorkerSection {
             data_listen: Some(data),
