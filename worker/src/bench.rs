@@ -1,5 +1,6 @@
 //! The engine alone, measured: prefill and decode of random tokens, and perplexity of a text. No cluster, no sampler.
 
+mod formats;
 mod group;
 
 use std::path::PathBuf;
@@ -13,6 +14,7 @@ use crate::kv::{BlockAllocator, BlockTable};
 use crate::model::{self, RankModel, Span, StepBatch};
 use crate::plan::{RankCapacity, plan};
 
+pub use formats::{FormatOptions, FormatQuality, formats};
 pub use group::Ranks;
 
 /// Rows of one prefill step: what a worker's scheduler takes at most in a step unless told otherwise.
@@ -325,6 +327,16 @@ pub fn perplexity<D: Device>(
     context: usize,
     bos: Option<u32>,
 ) -> Result<Perplexity, Error> {
+    score(rank, tokens, context, bos).map(|(perplexity, _)| perplexity)
+}
+
+/// [`perplexity`], and the likeliest token at each scored place.
+fn score<D: Device>(
+    rank: &mut RankModel<D>,
+    tokens: &[u32],
+    context: usize,
+    bos: Option<u32>,
+) -> Result<(Perplexity, Vec<u32>), Error> {
     if context < 4 || tokens.len() < context {
         let expected = "at least 4, and the text at least one context long".into();
         return Err(Error::Option {
@@ -334,7 +346,7 @@ pub fn perplexity<D: Device>(
         });
     }
     let mut sum = 0.0;
-    let mut scored = 0;
+    let mut likeliest = Vec::new();
     let chunks = tokens.chunks_exact(context);
     let count = chunks.len();
     for chunk in chunks {
@@ -361,15 +373,16 @@ pub fn perplexity<D: Device>(
                     .copied()
                     .unwrap_or(f32::NAN);
                 sum -= f64::from(logit) - f64::from(candidates.log_sum_exp);
-                scored += 1;
+                likeliest.push(candidates.top.first().map_or(u32::MAX, |top| top.0));
             }
         }
     }
-    Ok(Perplexity {
-        value: (sum / f64::from(scored)).exp(),
+    let perplexity = Perplexity {
+        value: (sum / likeliest.len() as f64).exp(),
         chunks: count,
-        scored: scored as usize,
-    })
+        scored: likeliest.len(),
+    };
+    Ok((perplexity, likeliest))
 }
 
 /// A sequence that grows in consecutive blocks.

@@ -133,7 +133,7 @@ fn segment_columns(config: &ModelConfig) -> usize {
 /// Divides a model. Deterministic; see the module's comment.
 ///
 /// Units are dealt one at a time, the largest kind first (attention, feed-forward, vocabulary), each to the rank that will have read
-/// its share first and still has room.
+/// its share of that kind first and still has room. Kinds do not make up for each other: the ranks wait for all after each.
 pub fn plan(
     config: &ModelConfig,
     ranks: &[RankCapacity],
@@ -280,7 +280,7 @@ fn check_total(
 struct Deal {
     /// Bytes a rank can still take.
     room: Vec<u64>,
-    /// Bytes a rank reads in each decoding step, so far.
+    /// Bytes a rank reads in each decoding step of the kind that is being dealt, so far.
     load: Vec<u64>,
     speed: Vec<u64>,
 }
@@ -315,6 +315,7 @@ impl Deal {
         memory: u64,
         at_least_one: bool,
     ) -> Result<Vec<usize>, Error> {
+        self.load.fill(0);
         let mut got = vec![0; self.room.len()];
         let mut left = count;
         if at_least_one {

@@ -5,6 +5,9 @@ use kernels::to_grid;
 
 use super::*;
 
+mod formats;
+mod trouble;
+
 const JOIN: Duration = Duration::from_secs(20);
 
 fn loopback() -> SocketAddr {

@@ -3,6 +3,7 @@
 
 mod measure;
 mod net;
+mod quality;
 mod ranks;
 mod relay;
 
@@ -19,6 +20,8 @@ struct Options {
 enum What {
     /// Sums through shared memory, over loopback, and between network namespaces with delay and limited rate (needs root)
     Net(net::Options),
+    /// Perplexity and top-1 agreement of each wire format
+    Quality(quality::Options),
     /// A model on one rank of several threads beside several ranks of one
     Ranks(ranks::Options),
 }
@@ -26,6 +29,7 @@ enum What {
 fn main() -> Result<()> {
     match Options::parse().what {
         What::Net(options) => net::run(&options),
+        What::Quality(options) => quality::run(&options),
         What::Ranks(options) => ranks::run(&options),
     }
 }

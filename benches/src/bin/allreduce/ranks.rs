@@ -1,31 +1,45 @@
-//! One process of two threads beside two ranks of one thread each.
+//! One rank of several threads beside several ranks of one thread each, in turn, so that what disturbs one disturbs all.
 
 use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
+use serde::Serialize;
 use worker::bench::{BenchOptions, BenchReport, Ranks};
 use worker::collective::Wire;
 
 #[derive(Args)]
 pub struct Options {
-    /// A GGUF file.
+    /// A GGUF file
     #[arg(long)]
     model: PathBuf,
-    /// Of all ranks together.
+    /// Of all ranks together
     #[arg(long, default_value_t = 2)]
     threads: usize,
     #[arg(long, default_value_t = 2)]
     ranks: usize,
-    /// Prompt tokens.
+    /// Prompt tokens
     #[arg(short, long, default_value_t = 512)]
     prefill: usize,
-    /// Tokens to decode.
+    /// Tokens to decode
     #[arg(short = 'n', long, default_value_t = 64)]
     decode: usize,
-    /// Each side is measured this often, in turn.
+    /// Each side is measured this often, in turn; the best counts
     #[arg(long, default_value_t = 3)]
     rounds: usize,
+    /// Report as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// One side, and what it reaches of the one rank's.
+#[derive(Serialize)]
+struct Side {
+    name: &'static str,
+    prefill_tokens_per_s: f64,
+    decode_tokens_per_s: f64,
+    prefill_share: f64,
+    decode_share: f64,
 }
 
 pub fn run(options: &Options) -> Result<()> {
@@ -45,19 +59,48 @@ pub fn run(options: &Options) -> Result<()> {
             context: options.prefill.max(options.decode + 1),
         })?)
     };
-    for round in 0..options.rounds {
-        for (name, count, tcp) in [
-            ("one", 1, false),
-            ("shm", options.ranks, false),
-            ("tcp", options.ranks, true),
-        ] {
+    let kinds = [
+        ("one rank", 1, false),
+        ("shared memory", options.ranks, false),
+        ("TCP", options.ranks, true),
+    ];
+    let mut best = [(0.0f64, 0.0f64); 3];
+    for _ in 0..options.rounds {
+        for ((prefill, decode), (_, count, tcp)) in best.iter_mut().zip(kinds) {
             let report = measure(count, tcp)?;
-            println!(
-                "round {round} {name}: prefill {:.1} decode {:.1} tokens/s",
-                report.prefill_tokens_per_s.unwrap_or(f64::NAN),
-                report.decode_tokens_per_s.unwrap_or(f64::NAN)
-            );
+            *prefill = prefill.max(report.prefill_tokens_per_s.unwrap_or(0.0));
+            *decode = decode.max(report.decode_tokens_per_s.unwrap_or(0.0));
         }
+    }
+    let sides = best
+        .iter()
+        .zip(kinds)
+        .map(|(&(prefill, decode), (name, ..))| Side {
+            name,
+            prefill_tokens_per_s: prefill,
+            decode_tokens_per_s: decode,
+            prefill_share: prefill / best[0].0,
+            decode_share: decode / best[0].1,
+        });
+    let sides: Vec<Side> = sides.collect();
+    if options.json {
+        println!("{}", serde_json::to_string_pretty(&sides)?);
+        return Ok(());
+    }
+    println!(
+        "| {} Threads zusammen | Prefill {} | Decode {} |",
+        options.threads, options.prefill, options.decode
+    );
+    println!("| --- | ---: | ---: |");
+    for side in &sides {
+        println!(
+            "| {} | {:.1} Token/s (×{:.3}) | {:.1} Token/s (×{:.3}) |",
+            side.name,
+            side.prefill_tokens_per_s,
+            side.prefill_share,
+            side.decode_tokens_per_s,
+            side.decode_share
+        );
     }
     Ok(())
 }

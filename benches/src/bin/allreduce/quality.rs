@@ -1,0 +1,59 @@
+//! What the wire formats do to a model's predictions.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Args;
+use worker::bench::{FormatOptions, formats};
+
+#[derive(Args)]
+pub struct Options {
+    /// A GGUF file
+    #[arg(long)]
+    model: PathBuf,
+    /// Text to predict
+    #[arg(long)]
+    text: PathBuf,
+    #[arg(long, default_value_t = 2)]
+    ranks: usize,
+    /// Of all ranks together
+    #[arg(long, default_value_t = 2)]
+    threads: usize,
+    /// Positions of a chunk; the second half of each is scored
+    #[arg(long, default_value_t = 256)]
+    context: usize,
+    /// Most chunks taken from the text
+    #[arg(long, default_value_t = 8)]
+    chunks: usize,
+    /// Report as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(options: &Options) -> Result<()> {
+    let measured = formats(&FormatOptions {
+        model: options.model.clone(),
+        text: options.text.clone(),
+        ranks: options.ranks,
+        threads: options.threads,
+        context: options.context,
+        chunks: options.chunks,
+    })?;
+    if options.json {
+        println!("{}", serde_json::to_string_pretty(&measured)?);
+        return Ok(());
+    }
+    println!("| Format | Perplexität | gegen exact | gleiches wahrscheinlichstes Token |");
+    println!("| --- | ---: | ---: | ---: |");
+    for one in &measured {
+        println!(
+            "| {} | {:.4} | {:+.3} % | {:.2} % von {} |",
+            one.format,
+            one.perplexity.value,
+            100.0 * (one.perplexity_ratio - 1.0),
+            100.0 * one.top1_agreement,
+            one.perplexity.scored
+        );
+    }
+    Ok(())
+}
