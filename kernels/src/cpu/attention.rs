@@ -236,12 +236,22 @@ pub(crate) struct Attend<'a> {
     pub out: *mut f32,
 }
 
-/// What a query vector carries from block to block.
+/// What a query vector carries on from some blocks to the next.
 #[derive(Clone, Copy)]
 struct Running<F> {
     largest: f32,
     /// Sums of exponentials, a lane each.
     total: F,
+}
+
+/// Blocks whose keys and values are converted and taken into the softmax together: what the first-level cache holds. It depends on
+/// nothing but the model, or a query's rounding would depend on its company.
+const fn blocks_at_once(dim: usize) -> usize {
+    match dim {
+        0..=64 => 4,
+        65..=128 => 2,
+        _ => 1,
+    }
 }
 
 impl Job for Attend<'_> {
@@ -253,14 +263,15 @@ impl Job for Attend<'_> {
         let span = &self.seqs[self.part.span];
         let group = self.heads / kv.kv_heads;
         let queries = self.part.rows.len() * group;
+        let (at_once, block_len) = (blocks_at_once(dim), dim * BLOCK_TOKENS);
+        let width = at_once * BLOCK_TOKENS;
         // The last group of queries is computed whole; the surplus is thrown away.
         let padded = queries.next_multiple_of(TOGETHER);
-        let mut scratch =
-            vec![0.0f32; 2 * padded * dim + 2 * dim * BLOCK_TOKENS + padded * BLOCK_TOKENS];
+        let mut scratch = vec![0.0f32; 2 * padded * dim + 2 * at_once * block_len + padded * width];
         let (q, rest) = scratch.split_at_mut(padded * dim);
         let (acc, rest) = rest.split_at_mut(padded * dim);
-        let (keys, rest) = rest.split_at_mut(dim * BLOCK_TOKENS);
-        let (values, scores) = rest.split_at_mut(dim * BLOCK_TOKENS);
+        let (keys, rest) = rest.split_at_mut(at_once * block_len);
+        let (values, scores) = rest.split_at_mut(at_once * block_len);
         let mut running = vec![
             Running {
                 largest: f32::NEG_INFINITY,
@@ -281,27 +292,56 @@ impl Job for Attend<'_> {
             }
         }
         let positions = span.context + self.part.rows.end;
-        for (j, &block) in span.blocks[..positions.div_ceil(BLOCK_TOKENS)]
-            .iter()
-            .enumerate()
-        {
-            // In bytes, two a number.
-            let from = 2 * kv.at(self.layer, block as usize, self.part.kv_head);
-            let to = from + 2 * dim * BLOCK_TOKENS;
-            // SAFETY: the slices have `dim * BLOCK_TOKENS` floats, a multiple of every vector; `padded` queries have `dim` each.
-            unsafe {
-                widen::<S>(&kv.keys[from..to], keys);
-                widen::<S>(&kv.values[from..to], values);
-                for i in (0..queries).step_by(TOGETHER) {
-                    score::<S>(&q[i * dim..], dim, keys, &mut scores[i * BLOCK_TOKENS..]);
+        let blocks = &span.blocks[..positions.div_ceil(BLOCK_TOKENS)];
+        for (j, blocks) in blocks.chunks(at_once).enumerate() {
+            for (b, &block) in blocks.iter().enumerate() {
+                // In bytes, two a number.
+                let from = 2 * kv.at(self.layer, block as usize, self.part.kv_head);
+                let to = from + 2 * block_len;
+                let part = b * block_len..(b + 1) * block_len;
+                // SAFETY: a block's floats are a multiple of every vector.
+                unsafe {
+                    widen::<S>(&kv.keys[from..to], &mut keys[part.clone()]);
+                    widen::<S>(&kv.values[from..to], &mut values[part]);
                 }
-                for (i, running) in running.iter_mut().enumerate() {
-                    let seen = span.context + self.part.rows.start + i / group + 1;
-                    let valid = seen.saturating_sub(j * BLOCK_TOKENS).min(BLOCK_TOKENS);
-                    if valid > 0 {
-                        let scores = &mut scores[i * BLOCK_TOKENS..(i + 1) * BLOCK_TOKENS];
-                        let acc = &mut acc[i * dim..(i + 1) * dim];
-                        accumulate::<S>(running, scores, valid, values, acc);
+            }
+            for first in (0..queries).step_by(TOGETHER) {
+                let scores = &mut scores[first * width..(first + TOGETHER) * width];
+                let mut most = 0;
+                // SAFETY: `padded` queries have `dim` numbers and `width` scores each; keys and values of `blocks` were converted.
+                unsafe {
+                    for b in 0..blocks.len() {
+                        let keys = &keys[b * block_len..(b + 1) * block_len];
+                        score::<S>(
+                            &q[first * dim..],
+                            dim,
+                            keys,
+                            scores,
+                            width,
+                            b * BLOCK_TOKENS,
+                        );
+                    }
+                    for i in 0..TOGETHER {
+                        let scores = &mut scores[i * width..(i + 1) * width];
+                        let Some(running) = running.get_mut(first + i) else {
+                            scores.fill(0.0);
+                            continue;
+                        };
+                        let seen = span.context + self.part.rows.start + (first + i) / group + 1;
+                        let valid = seen.saturating_sub(j * width).min(width);
+                        let acc = &mut acc[(first + i) * dim..(first + i + 1) * dim];
+                        weigh::<S>(running, scores, valid, acc);
+                        most = most.max(valid);
+                    }
+                    let acc = &mut acc[first * dim..(first + TOGETHER) * dim];
+                    let mut d = 0;
+                    while dim - d >= 2 * S::LANES {
+                        add_values::<S, 2>(scores, width, most, values, dim, d, acc);
+                        d += 2 * S::LANES;
+                    }
+                    while d < dim {
+                        add_values::<S, 1>(scores, width, most, values, dim, d, acc);
+                        d += S::LANES;
                     }
                 }
             }
@@ -334,17 +374,26 @@ unsafe fn widen<S: Simd>(from: &[u8], out: &mut [f32]) {
     }
 }
 
-/// `scores[i, t] = q[i] · keys[.., t]` for [`TOGETHER`] queries: at least eight sums under way, to hide an addition's latency.
+/// `scores[i, from + t] = q[i] · keys[.., t]` for [`TOGETHER`] queries and a block: eight sums under way hide an addition's latency.
 ///
 /// # Safety
-/// As [`Simd`]; `q` has `TOGETHER * dim` floats, `keys` `dim` rows of positions, `scores` `TOGETHER` rows.
+/// As [`Simd`]; `q` has `TOGETHER * dim` floats, `keys` `dim` rows of positions, `scores` `TOGETHER` rows of `width`, where a block
+/// follows `from`.
 #[inline(always)]
-unsafe fn score<S: Simd>(q: &[f32], dim: usize, keys: &[f32], scores: &mut [f32]) {
+unsafe fn score<S: Simd>(
+    q: &[f32],
+    dim: usize,
+    keys: &[f32],
+    scores: &mut [f32],
+    width: usize,
+    from: usize,
+) {
     debug_assert!(q.len() >= TOGETHER * dim && keys.len() == dim * BLOCK_TOKENS);
-    debug_assert!(scores.len() >= TOGETHER * BLOCK_TOKENS);
+    debug_assert!(scores.len() >= TOGETHER * width && from + BLOCK_TOKENS <= width);
     // SAFETY: by the contract; a block is one vector or two.
     unsafe {
-        let (q, keys, scores) = (q.as_ptr(), keys.as_ptr(), scores.as_mut_ptr());
+        let (q, keys) = (q.as_ptr(), keys.as_ptr());
+        let scores = scores.as_mut_ptr().add(from);
         let (mut first, mut second) = ([S::splat(0.0); TOGETHER], [S::splat(0.0); TOGETHER]);
         if S::LANES == BLOCK_TOKENS {
             // Even and odd dimensions apart.
@@ -358,7 +407,7 @@ unsafe fn score<S: Simd>(q: &[f32], dim: usize, keys: &[f32], scores: &mut [f32]
                 }
             }
             for i in 0..TOGETHER {
-                S::store(scores.add(i * BLOCK_TOKENS), S::add(first[i], second[i]));
+                S::store(scores.add(i * width), S::add(first[i], second[i]));
             }
         } else {
             for d in 0..dim {
@@ -371,95 +420,97 @@ unsafe fn score<S: Simd>(q: &[f32], dim: usize, keys: &[f32], scores: &mut [f32]
                 }
             }
             for i in 0..TOGETHER {
-                S::store(scores.add(i * BLOCK_TOKENS), first[i]);
-                S::store(scores.add(i * BLOCK_TOKENS + S::LANES), second[i]);
+                S::store(scores.add(i * width), first[i]);
+                S::store(scores.add(i * width + S::LANES), second[i]);
             }
         }
     }
 }
 
-/// Takes the first `valid` positions of a block into one query's softmax and sum of values.
+/// Turns one query's scores of the first `valid` positions into weights, and the others into zeros; shrinks what was summed before if
+/// a larger score has come.
 ///
 /// # Safety
-/// As [`Simd`]; `scores` has a block's positions, `values` a row of `acc`'s length for each.
+/// As [`Simd`]; `scores` are whole blocks, `acc` whole vectors.
 #[inline(always)]
-unsafe fn accumulate<S: Simd>(
+unsafe fn weigh<S: Simd>(
     running: &mut Running<S::F>,
     scores: &mut [f32],
     valid: usize,
-    values: &[f32],
     acc: &mut [f32],
 ) {
-    let dim = acc.len();
-    debug_assert!(scores.len() == BLOCK_TOKENS && values.len() == dim * BLOCK_TOKENS);
     scores[valid..].fill(f32::NEG_INFINITY);
-    // SAFETY: whole vectors within `scores`, `values` and `acc`, whose lengths are multiples of sixteen.
+    // Whole vectors that hold a valid position.
+    let end = valid.next_multiple_of(S::LANES);
+    // SAFETY: whole vectors within `scores` and `acc`, whose lengths are multiples of sixteen.
     unsafe {
         let scores_at = scores.as_mut_ptr();
         let mut largest = S::splat(running.largest);
-        for t in (0..BLOCK_TOKENS).step_by(S::LANES) {
+        for t in (0..end).step_by(S::LANES) {
             largest = S::max(S::load(scores_at.add(t)), largest);
         }
         let largest = S::max_across(largest);
         if largest != running.largest {
             let shrink = S::splat((running.largest - largest).exp());
             running.total = S::mul(running.total, shrink);
-            for d in (0..dim).step_by(S::LANES) {
+            for d in (0..acc.len()).step_by(S::LANES) {
                 let p = acc.as_mut_ptr().add(d);
                 S::store(p, S::mul(S::load(p), shrink));
             }
             running.largest = largest;
         }
         // A score that is NaN is no largest, but shows in the total and in the result.
-        for t in (0..BLOCK_TOKENS).step_by(S::LANES) {
+        for t in (0..end).step_by(S::LANES) {
             let p = exp::<S>(S::sub(S::load(scores_at.add(t)), S::splat(largest)));
             S::store(scores_at.add(t), p);
             running.total = S::add(running.total, p);
         }
-        let mut d = 0;
-        while dim - d >= 8 * S::LANES {
-            add_values::<S, 8>(&scores[..valid], values, dim, d, acc);
-            d += 8 * S::LANES;
-        }
-        while dim - d >= 4 * S::LANES {
-            add_values::<S, 4>(&scores[..valid], values, dim, d, acc);
-            d += 4 * S::LANES;
-        }
-        while dim - d >= S::LANES {
-            add_values::<S, 1>(&scores[..valid], values, dim, d, acc);
-            d += S::LANES;
-        }
     }
+    scores[valid..].fill(0.0);
 }
 
-/// `acc[d..] += Σ p[t] * values[t, d..]` for `N` vectors of dimensions.
+/// `acc[i, d..] += Σ p[i, t] * values[t, d..]` for [`TOGETHER`] queries, the first `valid` positions and `N` vectors of dimensions.
 ///
 /// # Safety
-/// As [`Simd`]; `d + N * LANES` dimensions exist in `acc` and in each of `p.len()` rows of `values`.
+/// As [`Simd`]; `p` has `TOGETHER` rows of `width`, of which `valid` have values; `d + N * LANES` dimensions exist in `TOGETHER` rows
+/// of `acc` and in each of `values`.
 #[inline(always)]
 unsafe fn add_values<S: Simd, const N: usize>(
     p: &[f32],
+    width: usize,
+    valid: usize,
     values: &[f32],
     dim: usize,
     d: usize,
     acc: &mut [f32],
 ) {
+    debug_assert!(p.len() >= TOGETHER * width && valid <= width && values.len() >= valid * dim);
+    debug_assert!(acc.len() >= TOGETHER * dim && d + N * S::LANES <= dim);
     // SAFETY: by the contract.
     unsafe {
-        let acc = acc.as_mut_ptr().add(d);
-        let mut sums = [S::splat(0.0); N];
-        for (n, sum) in sums.iter_mut().enumerate() {
-            *sum = S::load(acc.add(n * S::LANES));
-        }
-        for (t, &p) in p.iter().enumerate() {
-            let p = S::splat(p);
-            let row = values.as_ptr().add(t * dim + d);
+        let (p, values, acc) = (p.as_ptr(), values.as_ptr().add(d), acc.as_mut_ptr().add(d));
+        let mut sums = [[S::splat(0.0); N]; TOGETHER];
+        for (i, sums) in sums.iter_mut().enumerate() {
             for (n, sum) in sums.iter_mut().enumerate() {
-                *sum = S::fma(p, S::load(row.add(n * S::LANES)), *sum);
+                *sum = S::load(acc.add(i * dim + n * S::LANES));
             }
         }
-        for (n, &sum) in sums.iter().enumerate() {
-            S::store(acc.add(n * S::LANES), sum);
+        for t in 0..valid {
+            let mut row = [S::splat(0.0); N];
+            for (n, row) in row.iter_mut().enumerate() {
+                *row = S::load(values.add(t * dim + n * S::LANES));
+            }
+            for (i, sums) in sums.iter_mut().enumerate() {
+                let p = S::splat(*p.add(i * width + t));
+                for (sum, &row) in sums.iter_mut().zip(&row) {
+                    *sum = S::fma(p, row, *sum);
+                }
+            }
+        }
+        for (i, sums) in sums.iter().enumerate() {
+            for (n, &sum) in sums.iter().enumerate() {
+                S::store(acc.add(i * dim + n * S::LANES), sum);
+            }
         }
     }
 }
