@@ -79,11 +79,13 @@ fn codes_and_activations_at_their_limits_do_not_overflow() {
                         cols,
                         data,
                     };
+                    // One row, and as many as are taken by other kernels.
                     let x = vec![sign * 3.0; cols];
-                    for (got, exact) in multiply(&cpu, w.view(), &x, 1)
-                        .into_iter()
-                        .zip(w.times(&rounded(&x)))
-                    {
+                    let exact = w.times(&rounded(&x));
+                    let mut products = multiply(&cpu, w.view(), &x, 1);
+                    products.extend(multiply(&cpu, w.view(), &x.repeat(33), 33));
+                    assert_eq!(products.len(), 34 * exact.len());
+                    for (got, &exact) in products.into_iter().zip(exact.iter().cycle()) {
                         assert_near(
                             got,
                             exact,

@@ -7,7 +7,7 @@ use super::simd::{Job, Simd};
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(crate) struct XBlock {
-    /// In [-127, 127].
+    /// In [-127, 127], or [`BIAS`] more, as the kernel wants them.
     pub q: [i8; BLOCK],
     pub d: f32,
     /// `d * Σ q`.
@@ -18,6 +18,9 @@ pub(crate) struct XBlock {
     pub negative_first: i32,
 }
 
+/// What is added to each byte where a kernel wants them unsigned.
+pub(crate) const BIAS: u8 = 128;
+
 /// Below this largest magnitude a block counts as zeros: its inverse would overflow.
 const SMALLEST: f32 = 1e-35;
 
@@ -26,6 +29,8 @@ pub(crate) struct Quantise {
     pub x: *const f32,
     pub out: *mut XBlock,
     pub blocks: usize,
+    /// Adds [`BIAS`].
+    pub biased: bool,
 }
 
 impl Job for Quantise {
@@ -34,7 +39,13 @@ impl Job for Quantise {
     unsafe fn run<S: Simd>(self) {
         for b in 0..self.blocks {
             // SAFETY: `x` is valid for 32 reads a block and `out` for one write, by whoever made the job.
-            unsafe { quantise::<S>(self.x.add(b * BLOCK), self.out.add(b)) };
+            unsafe {
+                quantise::<S>(self.x.add(b * BLOCK), self.out.add(b));
+                if self.biased {
+                    let q = &mut (*self.out.add(b)).q;
+                    *q = q.map(|q| (q as u8 ^ BIAS) as i8);
+                }
+            }
         }
     }
 }

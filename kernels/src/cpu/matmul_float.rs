@@ -4,7 +4,7 @@
 #![allow(clippy::needless_range_loop)] // rows index several arrays at once, and unroll as written
 
 use super::layout::Matrix;
-use super::matmul_int::{Output, rows_at_once, store_totals};
+use super::matmul_int::{Output, rows_at_once};
 use super::simd::{Job, Simd};
 use crate::format::Format;
 
@@ -99,21 +99,14 @@ impl MultiplyFloats<'_> {
         panel: usize,
         row: usize,
     ) {
-        let mut totals = [[[0.0f64; 16]; R]; P];
         // SAFETY: a panel holds `cols` vectors; the rows exist.
         unsafe {
             let mut x = self.x.add(row * self.stride);
-            for w in self.parts {
+            for (part, w) in self.parts.iter().enumerate() {
                 let sums = self.part::<S, W, P, R>(w, panel, x);
                 x = x.add(w.cols);
                 for p in 0..P {
-                    self.out
-                        .take::<S, R>(&sums[p], w, panel + p, row, &mut totals[p]);
-                }
-            }
-            if let (Output::Grid(out), Some(w)) = (self.out, self.parts.first()) {
-                for p in 0..P {
-                    store_totals::<S, R>(&totals[p], w, panel + p, row, out);
+                    self.out.put::<S, R>(&sums[p], w, panel + p, row, part == 0);
                 }
             }
         }

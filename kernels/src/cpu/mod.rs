@@ -22,7 +22,7 @@ use activations::{Quantise, XBlock};
 use layer::{AddSum, Angles, RmsNorm, Rotate, SiluGate};
 use layout::BLOCK;
 use matmul_float::MultiplyFloats;
-use matmul_int::{MultiplyInts, Output};
+use matmul_int::{MultiplyInts, Output, STRIP_PANELS, wants_strips};
 use pool::Pool;
 use simd::{Job, dispatch};
 
@@ -112,12 +112,14 @@ impl Cpu {
         let mut kept = self.quantised.try_lock().ok();
         let mut own = Vec::new();
         let blocks = kept.as_deref_mut().unwrap_or(&mut own);
+        let biased = wants_strips(self.isa, w, rows);
         if w.iter().any(|w| w.format.is_quantised()) {
-            self.quantise(x, rows, cols, blocks);
+            self.quantise(x, rows, cols, biased, blocks);
         }
         f(&Input {
             floats: x,
             blocks,
+            biased,
             rows,
             cols,
         });
@@ -147,6 +149,7 @@ impl Cpu {
                     x: x.blocks.as_ptr(),
                     stride: x.cols / BLOCK,
                     rows: x.rows,
+                    biased: x.biased,
                     out,
                 });
             } else {
@@ -162,7 +165,7 @@ impl Cpu {
         }
     }
 
-    fn quantise(&self, x: &[f32], rows: usize, cols: usize, out: &mut Vec<XBlock>) {
+    fn quantise(&self, x: &[f32], rows: usize, cols: usize, biased: bool, out: &mut Vec<XBlock>) {
         let blocks = cols / BLOCK;
         out.clear();
         out.reserve(rows * blocks);
@@ -173,6 +176,7 @@ impl Cpu {
                 // SAFETY: within the reserved memory.
                 out: unsafe { to.get().add(first * blocks) },
                 blocks: count * blocks,
+                biased,
             };
             // SAFETY: `x` has these rows, `out` room for their blocks; tasks do not overlap.
             unsafe { self.run(job) }
@@ -182,10 +186,19 @@ impl Cpu {
     }
 }
 
+/// Part `i` of `panels` panels that are cut into `tasks` tasks, between strips.
+fn part(panels: usize, tasks: usize, i: usize) -> std::ops::Range<usize> {
+    let strips = panels.div_ceil(STRIP_PANELS);
+    let cut = |i: usize| (i * strips / tasks * STRIP_PANELS).min(panels);
+    cut(i)..cut(i + 1)
+}
+
 /// Rows of activations, as floats and, where a matrix needs it, as bytes.
 struct Input<'a> {
     floats: &'a [f32],
     blocks: &'a [XBlock],
+    /// Whether the bytes are biased.
+    biased: bool,
     rows: usize,
     cols: usize,
 }
@@ -284,7 +297,7 @@ impl Device for Cpu {
         self.with_input(w, x, rows, cols, |input| {
             let tasks = self.tasks(panels, first.lanes * cols * rows);
             self.pool.run(tasks, &|i| {
-                let task = i * panels / tasks..(i + 1) * panels / tasks;
+                let task = part(panels, tasks, i);
                 let mut before = 0;
                 for ((w, &end), out) in w.iter().zip(&ends).zip(&outs) {
                     let from = task.start.clamp(before, end) - before;
@@ -327,7 +340,7 @@ impl Device for Cpu {
         self.with_input(w, x, rows, width, |input| {
             let tasks = self.tasks(panels, first.lanes * width * rows);
             self.pool.run(tasks, &|i| {
-                let task = i * panels / tasks..(i + 1) * panels / tasks;
+                let task = part(panels, tasks, i);
                 // SAFETY: shapes and formats were asserted; tasks write different panels, that is, different columns of `sum`.
                 unsafe { self.multiply(w, task, input, Output::Grid(to.get())) };
             });

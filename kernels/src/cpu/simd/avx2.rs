@@ -16,6 +16,20 @@ pub(crate) unsafe fn run<J: Job>(job: J) -> J::Out {
     unsafe { job.run::<Avx2>() }
 }
 
+/// Hides a value from the compiler, without an instruction.
+///
+/// # Safety
+/// The processor has AVX2.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn opaque(mut v: __m256i) -> __m256i {
+    // SAFETY: nothing happens to the register.
+    unsafe {
+        std::arch::asm!("/* {0} */", inout(ymm_reg) v, options(pure, nomem, nostack, preserves_flags));
+    }
+    v
+}
+
 const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 
 // SAFETY of every block below: the trait's contract gives the instructions and valid pointers.
@@ -24,6 +38,7 @@ impl Simd for Avx2 {
     const LANES: usize = 8;
     const TILES: bool = true;
     const WIDE_TILE: bool = false;
+    const STRIPS: bool = true;
     const DOT_32: bool = false;
     const BIASED_BYTES: bool = false;
     type F = __m256;
@@ -141,6 +156,14 @@ impl Simd for Avx2 {
         unsafe { _mm256_loadu_si256(p.cast()) }
     }
     #[inline(always)]
+    unsafe fn store_bytes(p: *mut u8, v: __m256i) {
+        unsafe { _mm256_storeu_si256(p.cast(), v) }
+    }
+    #[inline(always)]
+    unsafe fn sub_8(a: __m256i, b: __m256i) -> __m256i {
+        unsafe { _mm256_sub_epi8(a, b) }
+    }
+    #[inline(always)]
     unsafe fn splat_byte(x: u8) -> __m256i {
         unsafe { _mm256_set1_epi8(x as i8) }
     }
@@ -187,6 +210,10 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn widen(sum: __m256i) -> __m256i {
         unsafe { _mm256_madd_epi16(sum, _mm256_set1_epi16(1)) }
+    }
+    #[inline(always)]
+    unsafe fn in_order(sum: __m256i) -> __m256i {
+        unsafe { opaque(sum) }
     }
     #[inline(always)]
     unsafe fn dot_signed(sum: __m256i, w: __m256i, x: __m256i) -> __m256i {

@@ -33,6 +33,7 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     const LANES: usize = 16;
     const TILES: bool = true;
     const WIDE_TILE: bool = true;
+    const STRIPS: bool = false;
     const DOT_32: bool = VNNI;
     const BIASED_BYTES: bool = VNNI;
     type F = __m512;
@@ -149,6 +150,14 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     #[inline(always)]
     unsafe fn load_bytes(p: *const u8) -> __m512i {
         unsafe { _mm512_loadu_si512(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn store_bytes(p: *mut u8, v: __m512i) {
+        unsafe { _mm512_storeu_si512(p.cast(), v) }
+    }
+    #[inline(always)]
+    unsafe fn sub_8(a: __m512i, b: __m512i) -> __m512i {
+        unsafe { _mm512_sub_epi8(a, b) }
     }
     #[inline(always)]
     unsafe fn splat_byte(x: u8) -> __m512i {

@@ -49,6 +49,11 @@ pub(crate) const fn lanes(isa: Isa) -> usize {
     }
 }
 
+/// [`Simd::STRIPS`] of this instruction set.
+pub(crate) const fn has_strips(isa: Isa) -> bool {
+    matches!(isa, Isa::Avx2)
+}
+
 /// A vector of [`LANES`](Simd::LANES) floats `F`, or of four times as many bytes `I`.
 ///
 /// # Safety
@@ -60,6 +65,8 @@ pub(crate) trait Simd: Copy + 'static {
     const TILES: bool;
     /// Registers suffice for tiles of eight rows.
     const WIDE_TILE: bool;
+    /// A product cannot spread four activations over its vector itself, so that strips of panels are worth unpacking for many rows.
+    const STRIPS: bool;
     /// [`dot`](Simd::dot) sums into 32 bits; otherwise into 16, and [`widen`](Simd::widen) has work to do.
     const DOT_32: bool;
     /// [`dot_signed`](Simd::dot_signed) adds 128 times the activations' sum too much.
@@ -112,6 +119,9 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn max_across(a: Self::F) -> f32;
 
     unsafe fn load_bytes(p: *const u8) -> Self::I;
+    unsafe fn store_bytes(p: *mut u8, v: Self::I);
+    /// Each byte, wrapping.
+    unsafe fn sub_8(a: Self::I, b: Self::I) -> Self::I;
     unsafe fn splat_byte(x: u8) -> Self::I;
     unsafe fn splat_int(x: i32) -> Self::I;
     unsafe fn and(a: Self::I, b: Self::I) -> Self::I;
@@ -128,6 +138,11 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn dot(sum: Self::I, w: Self::I, x: Self::I) -> Self::I;
     /// A sum of [`dot`](Simd::dot)s as 32 bits a lane.
     unsafe fn widen(sum: Self::I) -> Self::I;
+    /// The same, but the compiler may not look behind it: so a sum stays in the order as written, and keeps few registers busy.
+    #[inline(always)]
+    unsafe fn in_order(sum: Self::I) -> Self::I {
+        sum
+    }
     /// Adds the four products of signed bytes in 32 bits; see [`BIASED_BYTES`](Simd::BIASED_BYTES). `x` is never -128.
     unsafe fn dot_signed(sum: Self::I, w: Self::I, x: Self::I) -> Self::I;
 }

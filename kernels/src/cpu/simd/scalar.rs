@@ -37,6 +37,7 @@ impl Simd for Scalar {
     const LANES: usize = LANES;
     const TILES: bool = false;
     const WIDE_TILE: bool = false;
+    const STRIPS: bool = false;
     const DOT_32: bool = true;
     const BIASED_BYTES: bool = false;
     type F = F;
@@ -142,6 +143,18 @@ impl Simd for Scalar {
     unsafe fn load_bytes(p: *const u8) -> I {
         // SAFETY: the trait's contract.
         unsafe { read(p.cast::<i32>()) }
+    }
+    #[inline(always)]
+    unsafe fn store_bytes(p: *mut u8, v: I) {
+        // SAFETY: the trait's contract.
+        unsafe { p.cast::<I>().write_unaligned(v) }
+    }
+    #[inline(always)]
+    unsafe fn sub_8(a: I, b: I) -> I {
+        std::array::from_fn(|i| {
+            let (a, b) = (a[i].to_ne_bytes(), b[i].to_ne_bytes());
+            i32::from_ne_bytes(std::array::from_fn(|j| a[j].wrapping_sub(b[j])))
+        })
     }
     #[inline(always)]
     unsafe fn splat_byte(x: u8) -> I {

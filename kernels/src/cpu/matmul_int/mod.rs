@@ -3,15 +3,20 @@
 //! Each lane adds its blocks in order of the columns, whatever the tile, so a row's result is the same in any company.
 #![allow(clippy::needless_range_loop)] // rows index several arrays at once, and unroll as written
 
+mod strip;
+
+pub(crate) use strip::PANELS as STRIP_PANELS;
+
 use super::activations::XBlock;
 use super::bytes::LINE;
 use super::layout::{BLOCK, Matrix, code_bytes, scale_bytes};
-use super::simd::{Job, Simd};
+use super::simd::{Job, Simd, has_strips};
 use crate::device::to_grid;
 use crate::format::Format;
+use crate::isa::Isa;
 
 /// Bytes of activations that one pass over the panels should keep in the second-level cache.
-const ROWS_BYTES: usize = 192 << 10;
+const ROWS_BYTES: usize = 256 << 10;
 
 /// How far ahead of a pass over few rows, which waits for memory, the codes are asked for: the processor's own prefetch ends at each
 /// 4 KiB, this one does not.
@@ -20,6 +25,12 @@ const AHEAD_BYTES: usize = 2 << 10;
 /// Rows of `row_bytes` bytes that one pass over the panels takes: whole tiles.
 pub(crate) fn rows_at_once(row_bytes: usize) -> usize {
     (ROWS_BYTES / row_bytes.max(1)).next_multiple_of(8).max(8)
+}
+
+/// Whether so many rows times these matrices are worth strips, on processors that have them: then `x` is biased. Codes of eight bits
+/// are no smaller unpacked, and their products with biased bytes would not fit.
+pub(crate) fn wants_strips(isa: Isa, w: &[&Matrix], rows: usize) -> bool {
+    has_strips(isa) && rows >= strip::FEWEST_ROWS && w.iter().all(|w| code_bytes(w.format) < BLOCK)
 }
 
 /// Where a product goes: `[rows, w.rows]`.
@@ -41,6 +52,8 @@ pub(crate) struct MultiplyInts<'a> {
     /// Blocks of a row: those of all parts together.
     pub stride: usize,
     pub rows: usize,
+    /// Whether `x` is [biased](super::activations::BIAS), as strips want it.
+    pub biased: bool,
     pub out: Output,
 }
 
@@ -73,6 +86,10 @@ impl Job for MultiplyInts<'_> {
 impl MultiplyInts<'_> {
     #[inline(always)]
     unsafe fn run_as<S: Simd, C: Codes>(self) {
+        if S::STRIPS && self.biased {
+            // SAFETY: passed on to the caller.
+            return unsafe { self.strips::<S, C>() };
+        }
         let rows_at_once = rows_at_once(self.stride * size_of::<XBlock>());
         let mut first = 0;
         while first < self.rows {
@@ -109,66 +126,71 @@ impl MultiplyInts<'_> {
 
     #[inline(always)]
     unsafe fn tile<S: Simd, C: Codes, const R: usize>(&self, panel: usize, row: usize) {
-        let mut totals = [[0.0f64; 16]; R];
         // SAFETY: the caller's rows and panel exist; a panel's codes and scales have the sizes of its format.
         unsafe {
             let mut x = self.x.add(row * self.stride);
-            for w in self.parts {
-                let codes = w.data.as_ptr().add(panel * w.panel_bytes);
-                let scales = codes.add(w.scales_at);
+            for (part, w) in self.parts.iter().enumerate() {
+                let (codes, scales) = panel_of(w, panel);
                 let blocks = w.cols / BLOCK;
                 let mut sums = [S::splat(0.0); R];
                 for b in 0..blocks {
                     let codes = codes.add(b * code_bytes(C::FORMAT) * S::LANES);
-                    if R <= 2 {
+                    if R <= 4 {
                         ask_for::<S, C>(codes, scales.wrapping_add(w.panel_bytes), b);
                     }
                     block::<S, C, R>(codes, scales, b, x.add(b), self.stride, &mut sums);
                 }
                 x = x.add(blocks);
-                self.out.take::<S, R>(&sums, w, panel, row, &mut totals);
-            }
-            if let (Output::Grid(out), Some(w)) = (self.out, self.parts.first()) {
-                store_totals::<S, R>(&totals, w, panel, row, out);
+                self.out.put::<S, R>(&sums, w, panel, row, part == 0);
             }
         }
     }
 }
 
+/// Where a panel's codes and scales begin.
+fn panel_of(w: &Matrix, panel: usize) -> (*const u8, *const u8) {
+    let panel = &w.data[panel * w.panel_bytes..(panel + 1) * w.panel_bytes];
+    (panel.as_ptr(), panel[w.scales_at..].as_ptr())
+}
+
 impl Output {
-    /// Takes one part's lanes of a tile whose first row is `row`: writes those that are rows of the matrix, or adds to `totals`.
+    /// Takes one part's lanes of a tile whose first row is `row`: writes those that are rows of the matrix, or adds them to what the
+    /// parts before wrote.
     ///
     /// # Safety
-    /// [`Floats`](Output::Floats) is valid for rows `row..row + R` of the matrix' height.
+    /// The output is valid for rows `row..row + R` of the matrix' height.
     #[inline(always)]
-    pub(crate) unsafe fn take<S: Simd, const R: usize>(
+    pub(crate) unsafe fn put<S: Simd, const R: usize>(
         self,
         sums: &[S::F; R],
         w: &Matrix,
         panel: usize,
         row: usize,
-        totals: &mut [[f64; 16]; R],
+        first_part: bool,
     ) {
         let first = panel * S::LANES;
         let lanes = S::LANES.min(w.rows - first);
         for (r, &sum) in sums.iter().enumerate() {
+            let at = (row + r) * w.rows + first;
             let mut all = [0.0f32; 16];
             // SAFETY: a whole vector is written only where that many rows of the matrix follow, or to `all`.
             unsafe {
                 match self {
+                    Output::Floats(out) if lanes == S::LANES => S::store(out.add(at), sum),
                     Output::Floats(out) => {
-                        let out = out.add((row + r) * w.rows + first);
-                        if lanes == S::LANES {
-                            S::store(out, sum);
-                        } else {
-                            S::store(all.as_mut_ptr(), sum);
-                            std::ptr::copy_nonoverlapping(all.as_ptr(), out, lanes);
-                        }
-                    }
-                    Output::Grid(_) => {
                         S::store(all.as_mut_ptr(), sum);
-                        for i in 0..S::LANES {
-                            totals[r][i] += to_grid(all[i]);
+                        std::ptr::copy_nonoverlapping(all.as_ptr(), out.add(at), lanes);
+                    }
+                    Output::Grid(out) => {
+                        S::store(all.as_mut_ptr(), sum);
+                        let out = std::slice::from_raw_parts_mut(out.add(at), lanes);
+                        // A constant number of lanes becomes a few vectors.
+                        if let Ok(out) = <&mut [f64; 8]>::try_from(&mut *out) {
+                            add_to_grid(out, &all, first_part);
+                        } else if let Ok(out) = <&mut [f64; 16]>::try_from(&mut *out) {
+                            add_to_grid(out, &all, first_part);
+                        } else {
+                            add_to_grid(out, &all, first_part);
                         }
                     }
                 }
@@ -177,30 +199,16 @@ impl Output {
     }
 }
 
-/// Writes the totals of a tile that are rows of the matrix.
-///
-/// # Safety
-/// `out` is valid for rows `row..row + R` of the matrix' height.
+/// `out[i] (+)= to_grid(lanes[i])`; two loops, since a choice inside would not become vectors.
 #[inline(always)]
-pub(crate) unsafe fn store_totals<S: Simd, const R: usize>(
-    totals: &[[f64; 16]; R],
-    w: &Matrix,
-    panel: usize,
-    row: usize,
-    out: *mut f64,
-) {
-    let first = panel * S::LANES;
-    let lanes = S::LANES.min(w.rows - first);
-    for (r, totals) in totals.iter().enumerate() {
-        // SAFETY: by the contract.
-        unsafe {
-            let out = out.add((row + r) * w.rows + first);
-            if lanes == S::LANES {
-                // A constant number of lanes becomes a few vectors.
-                std::ptr::copy_nonoverlapping(totals.as_ptr(), out, S::LANES);
-            } else {
-                std::ptr::copy_nonoverlapping(totals.as_ptr(), out, lanes);
-            }
+fn add_to_grid(out: &mut [f64], lanes: &[f32; 16], first_part: bool) {
+    if first_part {
+        for (out, &lane) in out.iter_mut().zip(lanes) {
+            *out = to_grid(lane);
+        }
+    } else {
+        for (out, &lane) in out.iter_mut().zip(lanes) {
+            *out += to_grid(lane);
         }
     }
 }
