@@ -9,10 +9,11 @@ pub const BLOCK_TOKENS: usize = 16;
 /// order. Larger numbers land on a coarser grid, the same everywhere; NaN and infinities stay what they are.
 #[inline(always)]
 pub fn to_grid(value: f32) -> f64 {
-    // Adding and taking away 1.5·2²⁰ leaves no bit below 2⁻³² (f64 has 52 bits behind the leading one).
-    const SHIFT: f64 = 1_572_864.0;
-    (f64::from(value) + SHIFT) - SHIFT
+    (f64::from(value) + GRID_SHIFT) - GRID_SHIFT
 }
+
+/// Adding and taking away 1.5·2²⁰ leaves no bit below 2⁻³² (f64 has 52 bits behind the leading one).
+pub(crate) const GRID_SHIFT: f64 = 1_572_864.0;
 
 /// What can go wrong that is not the caller's mistake.
 #[derive(Debug, thiserror::Error)]

@@ -181,34 +181,19 @@ impl Output {
                         S::store(all.as_mut_ptr(), sum);
                         std::ptr::copy_nonoverlapping(all.as_ptr(), out.add(at), lanes);
                     }
+                    Output::Grid(out) if lanes == S::LANES && first_part => {
+                        S::store_grid(out.add(at), sum)
+                    }
+                    Output::Grid(out) if lanes == S::LANES => S::add_grid(out.add(at), sum),
                     Output::Grid(out) => {
                         S::store(all.as_mut_ptr(), sum);
-                        let out = std::slice::from_raw_parts_mut(out.add(at), lanes);
-                        // A constant number of lanes becomes a few vectors.
-                        if let Ok(out) = <&mut [f64; 8]>::try_from(&mut *out) {
-                            add_to_grid(out, &all, first_part);
-                        } else if let Ok(out) = <&mut [f64; 16]>::try_from(&mut *out) {
-                            add_to_grid(out, &all, first_part);
-                        } else {
-                            add_to_grid(out, &all, first_part);
+                        for (i, &lane) in all[..lanes].iter().enumerate() {
+                            let out = out.add(at + i);
+                            *out = if first_part { 0.0 } else { *out } + to_grid(lane);
                         }
                     }
                 }
             }
-        }
-    }
-}
-
-/// `out[i] (+)= to_grid(lanes[i])`; two loops, since a choice inside would not become vectors.
-#[inline(always)]
-fn add_to_grid(out: &mut [f64], lanes: &[f32; 16], first_part: bool) {
-    if first_part {
-        for (out, &lane) in out.iter_mut().zip(lanes) {
-            *out = to_grid(lane);
-        }
-    } else {
-        for (out, &lane) in out.iter_mut().zip(lanes) {
-            *out += to_grid(lane);
         }
     }
 }

@@ -4,6 +4,7 @@
 use std::arch::x86_64::*;
 
 use super::{Job, Simd};
+use crate::device::GRID_SHIFT;
 
 #[derive(Clone, Copy)]
 pub(crate) struct Avx2;
@@ -148,6 +149,35 @@ impl Simd for Avx2 {
             let four = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
             let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_grid(p: *mut f64, v: __m256) {
+        unsafe {
+            let shift = _mm256_set1_pd(GRID_SHIFT);
+            for (i, half) in [_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v)]
+                .into_iter()
+                .enumerate()
+            {
+                let wide = _mm256_cvtps_pd(half);
+                let on_grid = _mm256_sub_pd(_mm256_add_pd(wide, shift), shift);
+                _mm256_storeu_pd(p.add(4 * i), on_grid);
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn add_grid(p: *mut f64, v: __m256) {
+        unsafe {
+            let mut on_grid = [0.0; 8];
+            Self::store_grid(on_grid.as_mut_ptr(), v);
+            for i in [0, 4] {
+                let sum = _mm256_add_pd(
+                    _mm256_loadu_pd(p.add(i)),
+                    _mm256_loadu_pd(on_grid.as_ptr().add(i)),
+                );
+                _mm256_storeu_pd(p.add(i), sum);
+            }
         }
     }
 

@@ -4,6 +4,7 @@
 use std::arch::x86_64::*;
 
 use super::{Job, Simd};
+use crate::device::GRID_SHIFT;
 
 const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 
@@ -144,6 +145,35 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
             );
             let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_grid(p: *mut f64, v: __m512) {
+        unsafe {
+            let shift = _mm512_set1_pd(GRID_SHIFT);
+            for (i, half) in [_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v)]
+                .into_iter()
+                .enumerate()
+            {
+                let wide = _mm512_cvtps_pd(half);
+                let on_grid = _mm512_sub_pd(_mm512_add_pd(wide, shift), shift);
+                _mm512_storeu_pd(p.add(8 * i), on_grid);
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn add_grid(p: *mut f64, v: __m512) {
+        unsafe {
+            let mut on_grid = [0.0; 16];
+            Self::store_grid(on_grid.as_mut_ptr(), v);
+            for i in [0, 8] {
+                let sum = _mm512_add_pd(
+                    _mm512_loadu_pd(p.add(i)),
+                    _mm512_loadu_pd(on_grid.as_ptr().add(i)),
+                );
+                _mm512_storeu_pd(p.add(i), sum);
+            }
         }
     }
 

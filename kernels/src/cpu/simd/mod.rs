@@ -118,6 +118,11 @@ pub(crate) trait Simd: Copy + 'static {
     /// The largest lane, where none is NaN.
     unsafe fn max_across(a: Self::F) -> f32;
 
+    /// [`to_grid`](crate::device::to_grid) of each lane.
+    unsafe fn store_grid(p: *mut f64, v: Self::F);
+    /// The same, added to what is there.
+    unsafe fn add_grid(p: *mut f64, v: Self::F);
+
     unsafe fn load_bytes(p: *const u8) -> Self::I;
     unsafe fn store_bytes(p: *mut u8, v: Self::I);
     /// Each byte, wrapping.

@@ -3,6 +3,7 @@
 use half::{bf16, f16};
 
 use super::Simd;
+use crate::device::to_grid;
 
 #[derive(Clone, Copy)]
 pub(crate) struct Scalar;
@@ -139,6 +140,20 @@ impl Simd for Scalar {
         a.iter().copied().fold(f32::NAN, f32::max)
     }
 
+    #[inline(always)]
+    unsafe fn store_grid(p: *mut f64, v: F) {
+        // SAFETY: the trait's contract.
+        unsafe { p.cast::<[f64; LANES]>().write_unaligned(v.map(to_grid)) }
+    }
+    #[inline(always)]
+    unsafe fn add_grid(p: *mut f64, v: F) {
+        // SAFETY: the trait's contract.
+        unsafe {
+            let p = p.cast::<[f64; LANES]>();
+            let there = p.read_unaligned();
+            p.write_unaligned(std::array::from_fn(|i| there[i] + to_grid(v[i])));
+        }
+    }
     #[inline(always)]
     unsafe fn load_bytes(p: *const u8) -> I {
         // SAFETY: the trait's contract.
