@@ -492,6 +492,7 @@ impl Bench {
                 count: self.ranks.into(),
                 tcp: self.tcp,
                 wire: self.wire,
+                overlap: true,
             },
             prefill: self.prefill,
             decode: self.decode,

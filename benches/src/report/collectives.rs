@@ -14,6 +14,8 @@ use super::Setting;
 pub struct Collectives {
     /// Its tables, as it wrote them, or why there are none.
     pub sums: Result<String, String>,
+    /// What each format does to a model's predictions, as a table.
+    pub quality: Result<String, String>,
     pub model: String,
     /// Best prefill and decode tokens a second by set-up (`one`, `shm`, `tcp`).
     pub ranks: Result<BTreeMap<String, (f64, f64)>, String>,
@@ -30,6 +32,7 @@ pub fn run(setting: &Setting) -> Result<Collectives> {
     let said = |e: anyhow::Error| format!("{e:#}");
     Ok(Collectives {
         sums: sums(setting, &program).map_err(said),
+        quality: quality(setting, &program).map_err(said),
         model: name.into(),
         ranks: ranks(setting, &program, &model).map_err(said),
     })
@@ -40,8 +43,7 @@ fn sums(setting: &Setting, program: &Path) -> Result<String> {
     let markdown = folder.path().join("tables.md");
     let mut command = Command::new(program);
     command
-        .arg("net")
-        .arg("--markdown")
+        .args(["net", "--realtime", "--markdown"])
         .arg(&markdown)
         .arg("--svg")
         .arg(setting.results.join("allreduce.svg"));
@@ -50,6 +52,18 @@ fn sums(setting: &Setting, program: &Path) -> Result<String> {
     }
     output_of(&mut command)?;
     Ok(std::fs::read_to_string(&markdown)?)
+}
+
+fn quality(setting: &Setting, program: &Path) -> Result<String> {
+    let mut command = Command::new(program);
+    command
+        .args(["quality", "--model"])
+        .arg(setting.default_model())
+        .arg("--text")
+        .arg(setting.root.join("LICENSE"))
+        .args(["--threads", &setting.threads.to_string()])
+        .args(["--chunks", if setting.quick { "1" } else { "8" }]);
+    output_of(&mut command)
 }
 
 fn ranks(setting: &Setting, program: &Path, model: &Path) -> Result<BTreeMap<String, (f64, f64)>> {
@@ -131,6 +145,13 @@ pub fn table(collectives: &Collectives) -> String {
             text.push('\n');
         }
         Err(why) => text.push_str(&format!("\nSums not measured: {why}\n")),
+    }
+    match &collectives.quality {
+        Ok(table) => text.push_str(&format!(
+            "\n**What the formats do to the predictions of SmolLM2 135M on the licence's text, 2 ranks**\n\n{}\n",
+            table.trim()
+        )),
+        Err(why) => text.push_str(&format!("\nFormats not compared: {why}\n")),
     }
     text
 }

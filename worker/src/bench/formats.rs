@@ -67,6 +67,7 @@ pub fn formats(options: &FormatOptions) -> Result<Vec<FormatQuality>, Error> {
             count: options.ranks,
             tcp: true,
             wire: format,
+            overlap: true,
         };
         let work = |rank: &mut RankModel<Cpu>| score(rank, &tokens, options.context, bos);
         let (scored, _) = on_ranks(&file, &plan, &ranks, options.threads, Isa::detect(), work)?;

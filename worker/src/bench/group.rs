@@ -24,6 +24,8 @@ pub struct Ranks {
     pub tcp: bool,
     /// How sums travel over TCP.
     pub wire: Wire,
+    /// Whether they do so while the ranks compute.
+    pub overlap: bool,
 }
 
 impl Default for Ranks {
@@ -32,6 +34,7 @@ impl Default for Ranks {
             count: 1,
             tcp: false,
             wire: Wire::Exact,
+            overlap: true,
         }
     }
 }
@@ -57,6 +60,7 @@ pub(super) fn on_ranks<T>(
             key,
             wire: ranks.wire,
             sealing: Sealing::Encrypted,
+            overlap: ranks.overlap,
         };
         let mut tcp = Tcp::join(&hubs[rank], group, JOIN).map_err(failed)?;
         if ranks.tcp {

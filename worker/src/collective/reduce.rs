@@ -5,16 +5,16 @@
 //! adds up its share of every piece and sends the sums round, which takes a second hop and moves less. Both go in pieces, so that
 //! encoding and adding of one overlaps with the travelling of others.
 
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::time::{Duration, Instant};
 
 use super::Error;
 use super::mesh::{Mesh, STEP_TIMEOUT};
 use super::wire::{BLOCK, Wire};
 
-/// Bytes of a piece, about: large enough that a frame's cost does not show, small enough that the first is added while the last
-/// travels.
-const PIECE_BYTES: usize = 64 << 10;
+/// Bytes of a piece, about: a quarter of the sum within these, so that the first is added while the last is encoded or travels, and a
+/// frame's own cost does not show.
+const PIECE_BYTES: RangeInclusive<usize> = 16 << 10..=64 << 10;
 /// Sealed bytes that may wait for the kernel before the next piece is encoded.
 const BACKLOG_BYTES: usize = 256 << 10;
 /// Up to this many bytes a sum takes one hop, until [`Reducer::calibrate`] has measured.
@@ -68,7 +68,7 @@ impl Reducer {
     }
 
     fn one_hop(&mut self, mesh: &mut Mesh, wire: Wire, data: &mut [f64]) -> Result<(), Error> {
-        let (len, piece_len) = (data.len(), piece_len(wire));
+        let (len, piece_len) = (data.len(), piece_len(wire, data.len()));
         let pieces = len.div_ceil(piece_len);
         let piece = |i: usize| i * piece_len..len.min((i + 1) * piece_len);
         let others: Vec<usize> = mesh.others().collect();
@@ -95,7 +95,7 @@ impl Reducer {
 
     fn in_shares(&mut self, mesh: &mut Mesh, wire: Wire, data: &mut [f64]) -> Result<(), Error> {
         let (rank, size, len) = (mesh.rank, mesh.size(), data.len());
-        let piece_len = piece_len(wire) * size;
+        let piece_len = piece_len(wire, len / size) * size;
         let pieces = len.div_ceil(piece_len);
         let share = |piece: usize, rank: usize| {
             let start = piece * piece_len;
@@ -225,9 +225,11 @@ impl Reducer {
     }
 }
 
-/// Values of a piece: whole blocks.
-fn piece_len(wire: Wire) -> usize {
-    (PIECE_BYTES * 8 / wire.usual_bits()).next_multiple_of(BLOCK)
+/// Values of a piece of `len`: whole blocks.
+fn piece_len(wire: Wire, len: usize) -> usize {
+    let bytes = len * wire.usual_bits() / 8 / 4;
+    let bytes = bytes.clamp(*PIECE_BYTES.start(), *PIECE_BYTES.end());
+    (bytes * 8 / wire.usual_bits()).next_multiple_of(BLOCK)
 }
 
 /// The part of `len` values that `rank` adds up: whole blocks, but for the end.

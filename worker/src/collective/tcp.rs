@@ -29,6 +29,8 @@ pub struct GroupConfig {
     pub wire: Wire,
     /// Whether frames are encrypted, which only a measurement may want otherwise.
     pub sealing: Sealing,
+    /// Whether sums may go on in the background, which only a measurement of what that gains may want otherwise. All ranks must agree.
+    pub overlap: bool,
 }
 
 /// The collective over TCP.
@@ -171,7 +173,7 @@ impl Collective for Tcp {
     }
 
     fn background(&mut self) -> Option<&mut dyn Background> {
-        (self.size() > 1).then_some(self)
+        (self.size() > 1 && self.group.overlap).then_some(self)
     }
 }
 

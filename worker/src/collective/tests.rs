@@ -23,6 +23,7 @@ fn config(hubs: &[Hub], rank: usize, epoch: u64) -> GroupConfig {
         key: [9; 32],
         wire: Wire::Exact,
         sealing: Sealing::Encrypted,
+        overlap: true,
     }
 }
 

@@ -374,12 +374,17 @@ fn int8(values: &[f64], codes: &mut [i8; INT8_BLOCK]) -> f32 {
             poison[i] += v * 0.0;
         }
     }
-    if poison.iter().any(|p| p.is_nan()) {
+    for half in [LANES / 2, LANES / 4, LANES / 8] {
+        for i in 0..half {
+            let v = largest[i + half];
+            largest[i] = if v > largest[i] { v } else { largest[i] };
+            poison[i] += poison[i + half];
+        }
+    }
+    if poison[0].is_nan() {
         return f32::NAN;
     }
-    let largest = largest
-        .iter()
-        .fold(0.0f32, |a, &b| if b > a { b } else { a });
+    let largest = largest[0];
     let scale = largest / 127.0;
     // Too small for a quotient: nothing that a sum would notice.
     if scale < f32::MIN_POSITIVE {

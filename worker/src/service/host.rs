@@ -369,6 +369,7 @@ impl Hosted {
             key: group.key,
             wire: shared.config.wire,
             sealing: Sealing::Encrypted,
+            overlap: true,
         };
         let interrupter = self.interrupter.clone();
         let tcp = Tcp::join_with(&shared.hub, config, JOIN_TIMEOUT, interrupter)?;

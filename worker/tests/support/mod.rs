@@ -97,6 +97,7 @@ pub fn on_ranks_with<D: Device, T>(
             key: [1; 32],
             wire: Wire::Exact,
             sealing: Sealing::Encrypted,
+            overlap: true,
         };
         let tcp = Tcp::join(&hubs[rank], group, Duration::from_secs(60)).unwrap();
         let ranks = if over == Over::Shm {

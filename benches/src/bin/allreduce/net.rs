@@ -43,6 +43,9 @@ pub struct Options {
     /// Only connections whose name contains this, as "shm" or "0.2 ms"
     #[arg(long)]
     only: Option<String>,
+    /// Keep other programs off the cores while ranks want them, to measure on a busy machine (needs root)
+    #[arg(long)]
+    realtime: bool,
     /// Every cell as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -57,6 +60,7 @@ pub struct Options {
 #[derive(Serialize)]
 struct Report {
     seconds: f64,
+    realtime: bool,
     cells: Vec<Cell>,
     /// Why kinds of connection are missing.
     left_out: Vec<String>,
@@ -83,7 +87,14 @@ pub fn run(options: &Options) -> Result<()> {
                 .into_iter()
                 .filter(|&size| !options.quick || [4 << 10, 64 << 10, 1 << 20].contains(&size))
                 .collect();
-            match measure::group(transport, ranks, &settings, &sizes, BUDGET) {
+            match measure::group(
+                transport,
+                ranks,
+                &settings,
+                &sizes,
+                BUDGET,
+                options.realtime,
+            ) {
                 Ok(measured) => cells.extend(measured),
                 Err(error) => left_out.push(format!("{ranks} ranks, {name}: {error:#}")),
             }
@@ -92,6 +103,7 @@ pub fn run(options: &Options) -> Result<()> {
     loopback_floors(&mut cells);
     let report = Report {
         seconds: start.elapsed().as_secs_f64(),
+        realtime: options.realtime,
         cells,
         left_out,
     };
@@ -179,9 +191,15 @@ fn markdown(report: &Report) -> String {
     let cells = &report.cells;
     let _ = writeln!(
         out,
-        "Größe: die summierten Zahlen als f32. Boden: Laufzeit in einer Richtung + Bytes/Rate des schnelleren Weges (ein Sprung, oder \
-         Anteile); auf Loopback der nackte TCP-Austausch ebenso vieler Bytes. Zeiten in µs: Median / p99 (× Boden). {:.0} s gemessen.\n",
-        report.seconds
+        "Size: the summed numbers as f32. Floor: one-way delay + bytes/rate of the faster way (one hop, or shares); on loopback a \
+         plain, busy-polled TCP exchange of as many bytes. Times in µs: median / p99 (× floor), of each call the mean of all ranks. Lines are a relay \
+         between namespaces in the measuring process: it shares the cores with the ranks. Measured in {:.0} s{}.\n",
+        report.seconds,
+        if report.realtime {
+            ", with real-time priority"
+        } else {
+            ""
+        }
     );
     for ranks in 2..=4 {
         let of = |c: &&Cell| c.ranks == ranks && c.format == "exact" && c.encrypted;
@@ -198,8 +216,8 @@ fn markdown(report: &Report) -> String {
         if names.is_empty() {
             continue;
         }
-        let _ = writeln!(out, "**{ranks} Ränge, `exact`, verschlüsselt**\n");
-        let _ = writeln!(out, "| Größe | {} |", names.join(" | "));
+        let _ = writeln!(out, "**{ranks} ranks, `exact`, encrypted**\n");
+        let _ = writeln!(out, "| size | {} |", names.join(" | "));
         let _ = writeln!(out, "| ---: |{}", " ---: |".repeat(names.len()));
         for &bytes in &sizes {
             let _ = write!(out, "| {} |", size(bytes));
@@ -218,7 +236,7 @@ fn markdown(report: &Report) -> String {
     encryption(&mut out, cells);
     small(&mut out, cells);
     for why in &report.left_out {
-        let _ = writeln!(out, "Nicht gemessen: {why}");
+        let _ = writeln!(out, "Not measured: {why}");
     }
     out
 }
@@ -237,10 +255,10 @@ fn times(cell: &Cell) -> String {
 
 /// Each format beside the exact one.
 fn formats(out: &mut String, cells: &[Cell]) {
-    let _ = writeln!(out, "**Formate, 2 Ränge, verschlüsselt: Median in µs**\n");
+    let _ = writeln!(out, "**Formats, 2 ranks, encrypted: median in µs**\n");
     let _ = writeln!(
         out,
-        "| Verbindung | Größe | nackt | exact | f32 | bf16 | int8 |"
+        "| connection | size | plain TCP | exact | f32 | bf16 | int8 |"
     );
     let _ = writeln!(out, "| --- | ---: | ---: | ---: | ---: | ---: | ---: |");
     for base in cells
@@ -278,9 +296,9 @@ fn formats(out: &mut String, cells: &[Cell]) {
 fn encryption(out: &mut String, cells: &[Cell]) {
     let _ = writeln!(
         out,
-        "**Verschlüsselung, Loopback, `exact`: Median in µs ohne → mit**\n"
+        "**Encryption, loopback, `exact`: median in µs without → with**\n"
     );
-    let _ = writeln!(out, "| Größe | 2 Ränge | 3 Ränge | 4 Ränge |");
+    let _ = writeln!(out, "| size | 2 ranks | 3 ranks | 4 ranks |");
     let _ = writeln!(out, "| ---: | ---: | ---: | ---: |");
     for bytes in SIZES {
         let pair = |ranks: usize| {
@@ -322,8 +340,8 @@ fn small(out: &mut String, cells: &[Cell]) {
         over.sort_by(f64::total_cmp);
         let _ = writeln!(
             out,
-            "{ranks} Ränge über Leitungen, bis {}: Median höchstens Boden + {ALLOWED_US:.0} µs in {median} von {count} Fällen (mittlerer Aufschlag \
-             {:.0} µs), p99 höchstens das Doppelte davon in {p99}.\n",
+            "{ranks} ranks over lines, up to {}: median at most floor + {ALLOWED_US:.0} µs in {median} of {count} cells (the middle one is \
+             {:.0} µs above its floor), p99 at most twice that in {p99}.\n",
             size(SMALL_BYTES),
             over[over.len() / 2]
         );

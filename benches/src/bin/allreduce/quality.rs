@@ -43,11 +43,11 @@ pub fn run(options: &Options) -> Result<()> {
         println!("{}", serde_json::to_string_pretty(&measured)?);
         return Ok(());
     }
-    println!("| Format | Perplexität | gegen exact | gleiches wahrscheinlichstes Token |");
+    println!("| format | perplexity | against exact | same likeliest token |");
     println!("| --- | ---: | ---: | ---: |");
     for one in &measured {
         println!(
-            "| {} | {:.4} | {:+.3} % | {:.2} % von {} |",
+            "| {} | {:.4} | {:+.3} % | {:.2} % of {} |",
             one.format,
             one.perplexity.value,
             100.0 * (one.perplexity_ratio - 1.0),

@@ -27,6 +27,12 @@ pub struct Options {
     /// Each side is measured this often, in turn; the best counts
     #[arg(long, default_value_t = 3)]
     rounds: usize,
+    /// How sums travel over TCP: exact, f32, bf16 or int8
+    #[arg(long, default_value_t)]
+    wire: Wire,
+    /// Let ranks over TCP wait for each sum, to see what overlapping gains
+    #[arg(long)]
+    no_overlap: bool,
     /// Report as JSON
     #[arg(long)]
     json: bool,
@@ -50,7 +56,8 @@ pub fn run(options: &Options) -> Result<()> {
             ranks: Ranks {
                 count,
                 tcp,
-                wire: Wire::Exact,
+                wire: options.wire,
+                overlap: !options.no_overlap,
             },
             prefill: options.prefill,
             decode: options.decode,
@@ -60,16 +67,26 @@ pub fn run(options: &Options) -> Result<()> {
         })?)
     };
     let kinds = [
-        ("one rank", 1, false),
-        ("shared memory", options.ranks, false),
-        ("TCP", options.ranks, true),
+        ("one", 1, false),
+        ("shm", options.ranks, false),
+        ("tcp", options.ranks, true),
     ];
     let mut best = [(0.0f64, 0.0f64); 3];
-    for _ in 0..options.rounds {
-        for ((prefill, decode), (_, count, tcp)) in best.iter_mut().zip(kinds) {
+    for round in 0..options.rounds {
+        for ((prefill, decode), (name, count, tcp)) in best.iter_mut().zip(kinds) {
             let report = measure(count, tcp)?;
-            *prefill = prefill.max(report.prefill_tokens_per_s.unwrap_or(0.0));
-            *decode = decode.max(report.decode_tokens_per_s.unwrap_or(0.0));
+            let rate = |rate: Option<f64>| rate.unwrap_or(f64::NAN);
+            let of = (
+                rate(report.prefill_tokens_per_s),
+                rate(report.decode_tokens_per_s),
+            );
+            if !options.json {
+                println!(
+                    "round {round} {name}: prefill {:.1} decode {:.1} tokens/s",
+                    of.0, of.1
+                );
+            }
+            (*prefill, *decode) = (prefill.max(of.0), decode.max(of.1));
         }
     }
     let sides = best
@@ -87,14 +104,9 @@ pub fn run(options: &Options) -> Result<()> {
         println!("{}", serde_json::to_string_pretty(&sides)?);
         return Ok(());
     }
-    println!(
-        "| {} Threads zusammen | Prefill {} | Decode {} |",
-        options.threads, options.prefill, options.decode
-    );
-    println!("| --- | ---: | ---: |");
     for side in &sides {
         println!(
-            "| {} | {:.1} Token/s (×{:.3}) | {:.1} Token/s (×{:.3}) |",
+            "best {}: prefill {:.1} (×{:.3}) decode {:.1} (×{:.3})",
             side.name,
             side.prefill_tokens_per_s,
             side.prefill_share,

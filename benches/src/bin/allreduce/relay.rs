@@ -21,7 +21,7 @@ const MTU_BYTES: usize = 65_535;
 /// Packets that one device hands over in a turn.
 const TURN: usize = 16;
 /// The relay gives way to others between turns, and sleeps when nothing has passed for so long.
-const QUIET: Duration = Duration::from_millis(20);
+const QUIET: Duration = Duration::from_millis(2);
 const NAP: Duration = Duration::from_millis(1);
 /// Packets kept for reuse.
 const SPARE: usize = 256;
@@ -109,7 +109,7 @@ pub struct Relay {
 
 impl Relay {
     /// Connects the devices of hosts 0, 1, … by `line`.
-    pub fn start(devices: Vec<File>, line: Line) -> Result<Relay> {
+    pub fn start(devices: Vec<File>, line: Line, realtime: bool) -> Result<Relay> {
         if devices.is_empty() {
             bail!("no device to connect");
         }
@@ -117,7 +117,10 @@ impl Relay {
         let told = stop.clone();
         let thread = std::thread::Builder::new()
             .name("relay".into())
-            .spawn(move || Ports::new(devices, line).run(&told))?;
+            .spawn(move || {
+                crate::measure::place(None, realtime);
+                Ports::new(devices, line).run(&told);
+            })?;
         Ok(Relay {
             stop,
             thread: Some(thread),
