@@ -6,15 +6,19 @@ Exits with 1 and says what differs when the gateway does not behave as the clien
 """
 
 import base64
+import datetime
 import json
 import math
+import re
 import struct
 import sys
 import time
 import urllib.error
 import urllib.request
+from typing import Literal
 
 import openai
+import pydantic
 
 
 def check(condition, what):
@@ -32,6 +36,13 @@ def http(method, url, key, body=None):
             return reply.status, json.load(reply)
     except urllib.error.HTTPError as error:
         return error.code, json.load(error)
+
+
+def tokens(usage):
+    """The three numbers; how much of a prompt was cached differs from call to call."""
+    check(usage.prompt_tokens_details.cached_tokens <= usage.prompt_tokens, f"cached: {usage}")
+    check(usage.completion_tokens_details.reasoning_tokens == 0, f"no hidden tokens: {usage}")
+    return usage.prompt_tokens, usage.completion_tokens, usage.total_tokens
 
 
 def models(client):
@@ -77,7 +88,7 @@ def streamed_chat(client, model, text, usage):
     check("".join(pieces) == text, f"streamed {''.join(pieces)!r}, whole {text!r}")
     reasons = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices and chunk.choices[0].finish_reason]
     check(len(reasons) == 1, f"one reason: {reasons}")
-    check(not chunks[-1].choices and chunks[-1].usage == usage, f"the usage comes last: {chunks[-1]}")
+    check(not chunks[-1].choices and tokens(chunks[-1].usage) == tokens(usage), f"the usage comes last: {chunks[-1]}")
     check(all(chunk.usage is None for chunk in chunks[:-1]), "no usage before")
     check(len({chunk.id for chunk in chunks}) == 1, "one id")
 
@@ -136,7 +147,7 @@ def completions(client, model):
     pieces = [chunk.choices[0].text for chunk in chunks if chunk.choices]
     check("".join(pieces) == answer.choices[0].text, f"streamed {pieces}")
     check(all("usage" in chunk.model_fields_set and chunk.usage is None for chunk in chunks[:-1]), "the usage is null before the last chunk")
-    check(not chunks[-1].choices and chunks[-1].usage == answer.usage, f"the usage comes last: {chunks[-1]}")
+    check(not chunks[-1].choices and tokens(chunks[-1].usage) == tokens(answer.usage), f"the usage comes last: {chunks[-1]}")
 
 
 def stop_strings(client, model):
@@ -152,6 +163,109 @@ def stop_strings(client, model):
     check(stopped.finish_reason == "stop", f"the reason: {stopped}")
     pieces = [chunk.choices[0].text for chunk in client.completions.create(**ask, stop=stop, stream=True) if chunk.choices]
     check("".join(pieces) == expected, f"streamed and stopped: {pieces}, expected {expected!r}")
+
+
+class Adresse(pydantic.BaseModel):
+    strasse: str = pydantic.Field(max_length=30)
+    hausnummer: int = pydantic.Field(ge=1, le=999)
+    plz: str = pydantic.Field(pattern="^[0-9]{5}$")
+
+
+class Antrag(pydantic.BaseModel):
+    aktenzeichen: str = pydantic.Field(pattern="^[A-Z]{2}-[0-9]{1,4}$")
+    art: Literal["Bauantrag", "Wohngeld"]
+    adresse: Adresse
+    frist: datetime.date | None
+
+
+def structured(client, model):
+    ask = dict(model=model, messages=[{"role": "user", "content": "Erfinde einen Antrag."}], max_tokens=300, seed=3)
+    answer = client.chat.completions.parse(**ask, response_format=Antrag)
+    check(isinstance(answer.choices[0].message.parsed, Antrag), f"a parsed answer: {answer}")
+    check(answer.choices[0].finish_reason == "stop", f"it came to its end: {answer}")
+    stream = client.chat.completions.create(
+        **ask, response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": Antrag.model_json_schema()}}, stream=True
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    check(isinstance(Antrag.model_validate_json(text), Antrag), f"streamed: {text}")
+    several = client.chat.completions.create(**ask, n=3, response_format={"type": "regex", "pattern": "(ja|nein), [0-9]{2} Euro"})
+    for choice in several.choices:
+        check(re.fullmatch("(ja|nein), [0-9]{2} Euro", choice.message.content), f"a pattern: {choice}")
+    ask["max_tokens"] = 40
+    answer = client.chat.completions.create(**ask, temperature=0, response_format={"type": "json_object"}).choices[0]
+    check(answer.message.content.startswith("{"), f"an object: {answer}")
+    check(answer.finish_reason == "length" or isinstance(json.loads(answer.message.content), dict), f"JSON: {answer}")
+
+
+TOOLS = [
+    {"type": "function", "function": {"name": "gebuehr", "description": "Gebühr", "strict": True, "parameters": {
+        "type": "object", "properties": {"leistung": {"enum": ["Pass", "Ausweis"]}, "menge": {"type": "integer", "minimum": 1, "maximum": 9}},
+        "required": ["leistung", "menge"], "additionalProperties": False}}},
+    {"type": "function", "function": {"name": "termin", "parameters": {
+        "type": "object", "properties": {"tag": {"type": "string", "format": "date"}}, "required": ["tag"], "additionalProperties": False}}},
+]
+
+
+def check_call(call, name):
+    arguments = json.loads(call.function.arguments)
+    check(call.type == "function" and call.id.startswith("call_"), f"a call: {call}")
+    check(call.function.name in ((name,) if name else ("gebuehr", "termin")), f"an offered tool: {call}")
+    if call.function.name == "gebuehr":
+        check(arguments["leistung"] in ("Pass", "Ausweis") and 1 <= arguments["menge"] <= 9, f"arguments: {call}")
+    else:
+        datetime.date.fromisoformat(arguments["tag"])
+
+
+def tools(client, model):
+    question = [{"role": "user", "content": "Was kostet ein Pass?"}]
+    ask = dict(model=model, messages=question, tools=TOOLS, max_tokens=200, seed=5)
+    named = {"type": "function", "function": {"name": "termin"}}
+    for choice, name in (("required", None), (named, "termin")):
+        answer = client.chat.completions.create(**ask, tool_choice=choice, parallel_tool_calls=False).choices[0]
+        check(answer.finish_reason == "tool_calls" and answer.message.content is None, f"{choice}: {answer}")
+        check(len(answer.message.tool_calls) == 1, f"one call: {answer}")
+        check_call(answer.message.tool_calls[0], name)
+        whole = answer.message.tool_calls[0]
+        calls = {}
+        stream = client.chat.completions.create(**ask, tool_choice=choice, parallel_tool_calls=False, stream=True)
+        reasons = []
+        for chunk in stream:
+            reasons.append(chunk.choices[0].finish_reason)
+            check(not chunk.choices[0].delta.content, f"no text: {chunk}")
+            for delta in chunk.choices[0].delta.tool_calls or []:
+                call = calls.setdefault(delta.index, {"id": delta.id, "name": delta.function.name, "arguments": []})
+                call["arguments"].append(delta.function.arguments)
+        check(reasons[-1] == "tool_calls" and set(reasons[:-1]) == {None}, f"the reason comes last: {reasons}")
+        call = calls[0]
+        check(len(calls) == 1 and call["id"] and len(call["arguments"]) > 2, f"arguments come in pieces: {calls}")
+        check((call["name"], "".join(call["arguments"])) == (whole.function.name, whole.function.arguments), f"streamed {call}, whole {whole}")
+    history = question + [answer.message, {"role": "tool", "tool_call_id": whole.id, "content": "2027-01-04"}]
+    after = client.chat.completions.create(model=model, messages=history, tools=TOOLS, max_tokens=8, tool_choice="none").choices[0]
+    check(after.message.content and not after.message.tool_calls, f"an answer from the result: {after}")
+    client.chat.completions.create(**ask, tool_choice="auto")
+
+
+def probabilities(client, model):
+    ask = dict(model=model, messages=[{"role": "user", "content": "Say hello."}], max_tokens=6, temperature=0)
+    answer = client.chat.completions.create(**ask, logprobs=True, top_logprobs=3)
+    told = answer.choices[0].logprobs.content
+    check(len(told) == answer.usage.completion_tokens, f"one a token: {told}")
+    check(b"".join(bytes(t.bytes) for t in told).decode() == answer.choices[0].message.content, f"they spell the answer: {told}")
+    for token in told:
+        check(len(token.top_logprobs) == 3 and token.top_logprobs[0].token == token.token, f"greedy takes the best: {token}")
+        check(token.logprob <= 0 and token.top_logprobs[0].logprob >= token.top_logprobs[1].logprob, f"logarithms: {token}")
+        check(sum(math.exp(t.logprob) for t in token.top_logprobs) <= 1.001, f"probabilities: {token}")
+    chunks = list(client.chat.completions.create(**ask, logprobs=True, top_logprobs=3, stream=True))
+    streamed = [t for chunk in chunks if chunk.choices[0].logprobs for t in chunk.choices[0].logprobs.content]
+    check([t.token for t in streamed] == [t.token for t in told], f"streamed: {streamed}")
+    text = client.completions.create(model=model, prompt="One, two,", max_tokens=3, temperature=0, logprobs=2).choices[0]
+    check("".join(text.logprobs.tokens) == text.text and text.logprobs.text_offset[0] == 0, f"a text's: {text}")
+    check(all(len(top) == 2 for top in text.logprobs.top_logprobs), f"two each: {text}")
+    forced = client.chat.completions.create(**ask, logit_bias={"500": 100}, logprobs=True).choices[0]
+    check(len({t.token for t in forced.logprobs.content}) == 1, f"a bias of 100 forces a token: {forced}")
+    # Only what the bias takes away may change.
+    bias = {str(token): -100 for token in range(500, 800)}
+    client.chat.completions.create(**ask, logit_bias=bias)
 
 
 def embeddings(client, model):
@@ -199,7 +313,22 @@ def errors(client, base_url, model, embedder):
     refused(bad, 400, "temperature", "too hot", lambda: chat(model=model, messages=hello, temperature=3))
     refused(bad, 400, "n", "huge n", lambda: chat(model=model, messages=hello, n=100000))
     refused(bad, 400, "max_tokens", "negative", lambda: chat(model=model, messages=hello, max_tokens=-1))
-    refused(bad, 400, "logprobs", "logprobs", lambda: chat(model=model, messages=hello, logprobs=True))
+    refused(bad, 400, "top_logprobs", "too many", lambda: chat(model=model, messages=hello, logprobs=True, top_logprobs=21))
+    refused(bad, 400, "logit_bias", "a huge bias", lambda: chat(model=model, messages=hello, logit_bias={"5": 101}))
+    refused(bad, 400, "logit_bias", "no such token", lambda: chat(model=model, messages=hello, logit_bias={"99999999": 1}))
+    contradiction = {"type": "object", "required": ["a"], "properties": {"a": {"type": "integer", "minimum": 2, "maximum": 1}}}
+    schema = lambda schema: {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    param = "response_format.json_schema.schema"
+    for what, wrong in (("contradictory", contradiction), ("enormous", {"enum": list(range(5000))}), ("unsupported", {"not": {}})):
+        for stream in (False, True):
+            ask = lambda: chat(model=model, messages=hello, response_format=schema(wrong), stream=stream)
+            refused(bad, 400, param, what, ask)
+    for pattern in ("(?=a)b", "(", "a" * 10000):
+        ask = lambda: chat(model=model, messages=hello, response_format={"type": "regex", "pattern": pattern})
+        refused(bad, 400, "response_format.pattern", "a pattern", ask)
+    tool = [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {"type": "object", "not": {}}}}]
+    refused(bad, 400, "tools[0].function.parameters", "a strict tool", lambda: chat(model=model, messages=hello, tools=tool))
+    refused(bad, 400, "tool_choice", "no tools", lambda: chat(model=model, messages=hello, tool_choice="required"))
     refused(bad, 400, "model", "a chat with the embedder", lambda: chat(model=embedder, messages=hello))
     long = [{"role": "user", "content": "Amt " * 20000}]
     error = refused(bad, 400, None, "a long prompt", lambda: chat(model=model, messages=long))
@@ -287,6 +416,9 @@ def main():
     broken_off_stream(client, base_url, model)
     completions(client, model)
     stop_strings(client, model)
+    structured(client, model)
+    tools(client, model)
+    probabilities(client, model)
     embeddings(client, embedder)
     errors(client, base_url, model, embedder)
     sources(base_url, client, model)

@@ -10,6 +10,7 @@
 //! - [`bench`]: the engine alone, measured.
 //! - [`text`]: tokenizers, chat templates, text while it streams.
 //! - [`scheduler`]: which sequences are in the next step; pure.
+//! - [`constrain`]: answers that keep to a schema, a pattern or a tool's arguments.
 //! - [`sampling`]: from logits to one token.
 //! - [`engine`]: the leader's thread, from requests to steps to streams.
 //! - [`embed`]: sentence embeddings.
@@ -25,6 +26,7 @@
 pub mod bench;
 pub mod client;
 pub mod collective;
+pub mod constrain;
 pub mod embed;
 pub mod engine;
 pub mod file;

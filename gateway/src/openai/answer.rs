@@ -2,11 +2,15 @@
 
 use coordinator::Redacted;
 use serde::Serialize;
-use utoipa::ToSchema;
-use worker::client::{Event, FinishReason};
+use worker::client::{Event, FinishReason, TokenLogprob};
 
 use crate::error::ApiError;
-use crate::openai::tools::{self, ToolCall};
+use crate::openai::body::{
+    AssistantMessage, ChatChoice, ChatChunk, ChatCompletion, ChunkChoice, CompletionDetails, Delta,
+    PromptDetails, TextChoice, TextCompletion, Usage,
+};
+use crate::openai::logprobs::{ChatLogprobs, TextLogprobs};
+use crate::openai::tools::{FunctionCall, FunctionDelta, Piece, Reader, ToolCall, ToolCallDelta};
 use crate::sources::Citation;
 
 /// How an answer is dressed.
@@ -14,124 +18,6 @@ use crate::sources::Citation;
 pub enum Form {
     Chat,
     Completion,
-}
-
-/// Numbers of tokens.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, ToSchema)]
-pub struct Usage {
-    pub prompt_tokens: u64,
-    pub completion_tokens: u64,
-    pub total_tokens: u64,
-}
-
-/// A whole answer to a chat.
-#[derive(Debug, Serialize, ToSchema)]
-pub struct ChatCompletion {
-    #[schema(example = "chatcmpl-0190c0de")]
-    pub id: String,
-    /// `chat.completion`.
-    pub object: &'static str,
-    /// Seconds since the Unix epoch.
-    pub created: u64,
-    pub model: String,
-    pub choices: Vec<ChatChoice>,
-    pub usage: Usage,
-    /// Present when the request named collections: the passages that the answer was made from, numbered as `[1]` in it.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub citations: Option<Vec<Citation>>,
-}
-
-/// One answer.
-#[derive(Debug, Serialize, ToSchema)]
-pub struct ChatChoice {
-    pub index: usize,
-    pub message: AssistantMessage,
-    #[schema(value_type = Option<Object>)]
-    pub logprobs: Option<()>,
-    /// `stop`, `length` or `tool_calls`.
-    pub finish_reason: &'static str,
-}
-
-/// What the model wrote.
-#[derive(Debug, Serialize, ToSchema)]
-pub struct AssistantMessage {
-    /// `assistant`.
-    pub role: &'static str,
-    #[schema(value_type = Option<String>)]
-    pub content: Option<Redacted<String>>,
-    #[schema(value_type = Option<String>)]
-    pub refusal: Option<()>,
-    /// Tools that the model wants called; `content` is null then.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub tool_calls: Option<Vec<ToolCall>>,
-}
-
-/// A whole answer to a text completion.
-#[derive(Debug, Serialize, ToSchema)]
-pub struct TextCompletion {
-    pub id: String,
-    /// `text_completion`.
-    pub object: &'static str,
-    /// Seconds since the Unix epoch.
-    pub created: u64,
-    pub model: String,
-    pub choices: Vec<TextChoice>,
-    /// In a stream only with `include_usage`: null in all chunks but the last.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub usage: Option<Option<Usage>>,
-}
-
-/// One continuation.
-#[derive(Debug, Serialize, ToSchema)]
-pub struct TextChoice {
-    pub index: usize,
-    #[schema(value_type = String)]
-    pub text: Redacted<String>,
-    #[schema(value_type = Option<Object>)]
-    pub logprobs: Option<()>,
-    /// `stop` or `length`; null in a chunk that is not the choice's last.
-    pub finish_reason: Option<&'static str>,
-}
-
-/// A piece of a streamed chat answer.
-#[derive(Debug, Serialize, ToSchema)]
-pub struct ChatChunk {
-    pub id: String,
-    /// `chat.completion.chunk`.
-    pub object: &'static str,
-    pub created: u64,
-    pub model: String,
-    /// Empty in the chunk that carries the usage.
-    pub choices: Vec<ChunkChoice>,
-    /// With `include_usage`: null in all chunks but the last.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub usage: Option<Option<Usage>>,
-    /// In the first chunk, so that `[1]` can be linked at once, and in the last before `[DONE]`, which also says which
-    /// passages the answer refers to.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub citations: Option<Vec<Citation>>,
-}
-
-/// A piece of one answer.
-#[derive(Debug, Serialize, ToSchema)]
-pub struct ChunkChoice {
-    pub index: usize,
-    pub delta: Delta,
-    #[schema(value_type = Option<Object>)]
-    pub logprobs: Option<()>,
-    pub finish_reason: Option<&'static str>,
-}
-
-/// What a chunk adds.
-#[derive(Debug, Default, Serialize, ToSchema)]
-pub struct Delta {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub role: Option<&'static str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<String>)]
-    pub content: Option<Redacted<String>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub tool_calls: Option<Vec<ToolCall>>,
 }
 
 /// Collects what came of each choice and dresses it, whole or piece by piece.
@@ -145,8 +31,6 @@ pub struct Answer {
     /// Choices that share a prompt stand side by side, so many each.
     per_prompt: usize,
     include_usage: bool,
-    /// Names of the tools that the model may call.
-    tools: Vec<String>,
     /// `None`: the request named no collections.
     citations: Option<Vec<Citation>>,
 }
@@ -154,21 +38,22 @@ pub struct Answer {
 #[derive(Debug, Default)]
 struct Choice {
     text: String,
-    /// Bytes of the text that were sent; the rest may be a call.
-    sent: usize,
+    /// Tells calls from text, where tools were offered.
+    reader: Option<Reader>,
     calls: Vec<ToolCall>,
+    logprobs: Vec<TokenLogprob>,
+    /// Of those, told in chunks.
+    told: usize,
     prompt_tokens: u64,
     completion_tokens: u64,
     finish: Option<&'static str>,
 }
 
 impl Choice {
-    /// The text that was not sent yet, which counts as sent from now on.
-    fn unsent(&mut self) -> Option<Redacted<String>> {
-        let text = self.text.get(self.sent..).filter(|text| !text.is_empty())?;
-        let text = Redacted::new(text.to_owned());
-        self.sent = self.text.len();
-        Some(text)
+    /// The probabilities that no chunk has told yet.
+    fn untold(&mut self) -> &[TokenLogprob] {
+        let from = std::mem::replace(&mut self.told, self.logprobs.len());
+        self.logprobs.get(from..).unwrap_or_default()
     }
 }
 
@@ -183,7 +68,6 @@ impl Answer {
             choices: (0..choices).map(|_| Choice::default()).collect(),
             per_prompt: choices.max(1),
             include_usage: false,
-            tools: Vec::new(),
             citations: None,
         }
     }
@@ -204,8 +88,10 @@ impl Answer {
 
     /// For a model that may call tools of these names.
     #[must_use]
-    pub fn with_tools(mut self, names: Vec<String>) -> Self {
-        self.tools = names;
+    pub fn with_tools(mut self, names: &[String]) -> Self {
+        for choice in &mut self.choices {
+            choice.reader = (!names.is_empty()).then(|| Reader::new(names.to_vec()));
+        }
         self
     }
 
@@ -228,15 +114,19 @@ impl Answer {
                 choice.prompt_tokens = u64::from(prompt_tokens);
                 Ok(Vec::new())
             }
-            Event::Text { text, tokens } => {
+            Event::Text {
+                text,
+                tokens,
+                logprobs,
+            } => {
                 choice.completion_tokens += tokens.len() as u64;
-                choice.text.push_str(text.expose());
-                let held = !self.tools.is_empty() && tools::may_be_calls(&choice.text);
-                let fresh = if held { None } else { choice.unsent() };
-                Ok(fresh
-                    .map(|text| self.text_chunk(index, text))
-                    .into_iter()
-                    .collect())
+                choice.logprobs.extend(logprobs);
+                let pieces = match &mut choice.reader {
+                    Some(reader) => reader.push(text.expose()),
+                    None if text.expose().is_empty() => Vec::new(),
+                    None => vec![Piece::Text(text.into_inner())],
+                };
+                Ok(self.take_pieces(index, pieces))
             }
             Event::Finished {
                 reason,
@@ -260,28 +150,85 @@ impl Answer {
         }
     }
 
+    /// Adds pieces to a choice; their chunks.
+    fn take_pieces(&mut self, index: usize, pieces: Vec<Piece>) -> Vec<String> {
+        let id = self.id.rsplit('-').next().unwrap_or_default().to_owned();
+        let mut chunks = Vec::new();
+        for piece in pieces {
+            let Some(choice) = self.choices.get_mut(index) else {
+                break;
+            };
+            let delta = |call: ToolCallDelta| Delta {
+                tool_calls: Some(vec![call]),
+                ..Delta::default()
+            };
+            let delta = match piece {
+                Piece::Text(text) => {
+                    let offset = choice.text.chars().count();
+                    choice.text.push_str(&text);
+                    let text = Redacted::new(text);
+                    chunks.push(self.text_chunk(index, text, offset));
+                    continue;
+                }
+                Piece::Call(name) => {
+                    let call = ToolCall {
+                        id: format!("call_{id}{index}{}", choice.calls.len()),
+                        kind: "function",
+                        function: FunctionCall {
+                            name: name.clone(),
+                            arguments: Redacted::default(),
+                        },
+                    };
+                    choice.calls.push(call.clone());
+                    delta(ToolCallDelta {
+                        index: choice.calls.len() - 1,
+                        id: Some(call.id),
+                        kind: Some(call.kind),
+                        function: FunctionDelta {
+                            name: Some(name),
+                            arguments: Redacted::default(),
+                        },
+                    })
+                }
+                Piece::Arguments(text) => {
+                    let at = choice.calls.len().saturating_sub(1);
+                    let Some(call) = choice.calls.last_mut() else {
+                        continue;
+                    };
+                    call.function.arguments.expose_mut().push_str(&text);
+                    delta(ToolCallDelta {
+                        index: at,
+                        id: None,
+                        kind: None,
+                        function: FunctionDelta {
+                            name: None,
+                            arguments: Redacted::new(text),
+                        },
+                    })
+                }
+            };
+            chunks.push(self.delta_chunk(index, delta));
+        }
+        chunks
+    }
+
     /// A choice's last chunks: what was held back as text or as calls, and the reason.
     fn finish(&mut self, index: usize, reason: &'static str) -> Vec<String> {
-        let id = format!("{}{index}", self.id.rsplit('-').next().unwrap_or_default());
+        let held = self
+            .choices
+            .get_mut(index)
+            .and_then(|choice| choice.reader.as_mut())
+            .map(Reader::finish);
+        let mut chunks = self.take_pieces(index, held.unwrap_or_default());
         let Some(choice) = self.choices.get_mut(index) else {
-            return Vec::new();
+            return chunks;
         };
-        let calls = if self.tools.is_empty() || choice.sent > 0 {
-            None
-        } else {
-            tools::parse(&choice.text, &self.tools, &id)
-        };
-        let mut chunks = Vec::new();
-        let reason = if let Some(calls) = calls {
-            choice.calls = calls;
-            choice.finish = Some("tool_calls");
-            chunks.push(self.calls_chunk(index));
+        let reason = if reason == "stop" && !choice.calls.is_empty() {
             "tool_calls"
         } else {
-            choice.finish = Some(reason);
-            chunks.extend(choice.unsent().map(|text| self.text_chunk(index, text)));
             reason
         };
+        choice.finish = Some(reason);
         chunks.push(self.finish_chunk(index, reason));
         chunks
     }
@@ -300,7 +247,7 @@ impl Answer {
             index,
             delta: Delta {
                 role: Some("assistant"),
-                content: Some(Redacted::new(String::new())),
+                content: Some(Redacted::default()),
                 tool_calls: None,
             },
             logprobs: None,
@@ -349,6 +296,8 @@ impl Answer {
             prompt_tokens,
             completion_tokens,
             total_tokens: prompt_tokens + completion_tokens,
+            prompt_tokens_details: PromptDetails::default(),
+            completion_tokens_details: CompletionDetails::default(),
         }
     }
 
@@ -367,11 +316,12 @@ impl Answer {
                         index,
                         message: AssistantMessage {
                             role: "assistant",
-                            content: choice.calls.is_empty().then(|| Redacted::new(choice.text)),
+                            content: (choice.calls.is_empty() || !choice.text.is_empty())
+                                .then(|| Redacted::new(choice.text)),
                             refusal: None,
                             tool_calls: (!choice.calls.is_empty()).then_some(choice.calls),
                         },
-                        logprobs: None,
+                        logprobs: ChatLogprobs::of(&choice.logprobs),
                         finish_reason: choice.finish.unwrap_or("stop"),
                     })
                     .collect(),
@@ -389,7 +339,7 @@ impl Answer {
                     .map(|(index, choice)| TextChoice {
                         index,
                         text: Redacted::new(choice.text.clone()),
-                        logprobs: None,
+                        logprobs: TextLogprobs::of(&choice.logprobs, 0),
                         finish_reason: choice.finish,
                     })
                     .collect();
@@ -398,66 +348,53 @@ impl Answer {
         }
     }
 
-    fn calls_chunk(&self, index: usize) -> String {
-        let calls = self
-            .choices
-            .get(index)
-            .map(|choice| choice.calls.as_slice())
-            .unwrap_or_default();
-        let numbered = calls.iter().cloned().enumerate().map(|(i, call)| ToolCall {
-            index: Some(i),
-            ..call
-        });
-        let delta = Delta {
-            role: None,
-            content: None,
-            tool_calls: Some(numbered.collect()),
-        };
+    fn delta_chunk(&mut self, index: usize, delta: Delta) -> String {
+        let untold = self.choices.get_mut(index).map(Choice::untold);
         let choice = ChunkChoice {
             index,
             delta,
-            logprobs: None,
+            logprobs: untold.and_then(ChatLogprobs::of),
             finish_reason: None,
         };
         self.chat_chunk(vec![choice], self.unknown_usage(), None)
     }
 
-    fn text_chunk(&self, index: usize, text: Redacted<String>) -> String {
-        match self.form {
-            Form::Chat => {
-                let delta = Delta {
-                    role: None,
-                    content: Some(text),
-                    tool_calls: None,
-                };
-                let choice = ChunkChoice {
-                    index,
-                    delta,
-                    logprobs: None,
-                    finish_reason: None,
-                };
-                self.chat_chunk(vec![choice], self.unknown_usage(), None)
-            }
-            Form::Completion => {
-                let choice = TextChoice {
-                    index,
-                    text,
-                    logprobs: None,
-                    finish_reason: None,
-                };
-                json(&self.text_completion(vec![choice], self.unknown_usage()))
-            }
+    /// `offset` is where the text stands in the choice's, in characters.
+    fn text_chunk(&mut self, index: usize, text: Redacted<String>, offset: usize) -> String {
+        if self.form == Form::Chat {
+            let delta = Delta {
+                content: Some(text),
+                ..Delta::default()
+            };
+            return self.delta_chunk(index, delta);
         }
+        let untold = self.choices.get_mut(index).map(Choice::untold);
+        let choice = TextChoice {
+            index,
+            text,
+            logprobs: untold.and_then(|untold| TextLogprobs::of(untold, offset)),
+            finish_reason: None,
+        };
+        json(&self.text_completion(vec![choice], self.unknown_usage()))
     }
 
-    fn finish_chunk(&self, index: usize, reason: &'static str) -> String {
+    fn finish_chunk(&mut self, index: usize, reason: &'static str) -> String {
+        // Of tokens whose text did not come, as those of a stop string.
+        let untold = match self.choices.get_mut(index) {
+            Some(choice) => choice.untold().to_vec(),
+            None => Vec::new(),
+        };
+        let offset = self
+            .choices
+            .get(index)
+            .map_or(0, |choice| choice.text.chars().count());
         match self.form {
             Form::Chat => {
                 let is_last = self.is_complete() && !self.include_usage;
                 let choice = ChunkChoice {
                     index,
                     delta: Delta::default(),
-                    logprobs: None,
+                    logprobs: ChatLogprobs::of(&untold),
                     finish_reason: Some(reason),
                 };
                 let citations = if is_last { self.used_citations() } else { None };
@@ -468,7 +405,7 @@ impl Answer {
                 let choice = TextChoice {
                     index,
                     text,
-                    logprobs: None,
+                    logprobs: TextLogprobs::of(&untold, offset),
                     finish_reason: Some(reason),
                 };
                 json(&self.text_completion(vec![choice], self.unknown_usage()))

@@ -6,6 +6,7 @@ fn text(text: &str, tokens: usize) -> Event {
     Event::Text {
         text: Redacted::new(text.into()),
         tokens: vec![7; tokens],
+        logprobs: Vec::new(),
     }
 }
 
@@ -100,7 +101,10 @@ fn with_usage_it_comes_last_and_is_null_before() {
     );
     assert_eq!(
         last["usage"],
-        serde_json::json!({"prompt_tokens": 5, "completion_tokens": 4, "total_tokens": 9})
+        serde_json::json!({
+            "prompt_tokens": 5, "completion_tokens": 4, "total_tokens": 9,
+            "prompt_tokens_details": {"cached_tokens": 0}, "completion_tokens_details": {"reasoning_tokens": 0}
+        })
     );
     assert_eq!(last["choices"], serde_json::json!([]));
     assert_eq!(
@@ -153,7 +157,10 @@ fn a_whole_chat_answer_has_the_text_the_usage_and_the_citations() {
                 "index": 0, "message": {"role": "assistant", "content": "Guten Tag", "refusal": null},
                 "logprobs": null, "finish_reason": "stop"
             }],
-            "usage": {"prompt_tokens": 5, "completion_tokens": 4, "total_tokens": 9},
+            "usage": {
+                "prompt_tokens": 5, "completion_tokens": 4, "total_tokens": 9,
+                "prompt_tokens_details": {"cached_tokens": 0}, "completion_tokens_details": {"reasoning_tokens": 0}
+            },
             "citations": []
         })
     );
@@ -185,7 +192,8 @@ fn choices_mix_in_a_stream_and_a_shared_prompt_counts_once() {
         Usage {
             prompt_tokens: 5,
             completion_tokens: 2,
-            total_tokens: 7
+            total_tokens: 7,
+            ..Usage::default()
         }
     );
     let whole: Value = serde_json::from_str(&answer.whole()).unwrap();
@@ -207,7 +215,8 @@ fn different_prompts_are_counted_each() {
         Usage {
             prompt_tokens: 11,
             completion_tokens: 4,
-            total_tokens: 15
+            total_tokens: 15,
+            ..Usage::default()
         }
     );
 }
@@ -249,29 +258,33 @@ fn an_answer_that_the_server_ended_is_an_error_to_retry() {
 }
 
 fn offering_tools() -> Answer {
-    answer(Form::Chat, 1).with_tools(vec!["wetter".into()])
+    answer(Form::Chat, 1).with_tools(&["wetter".into()])
 }
 
 #[test]
-fn a_call_of_a_tool_is_held_back_and_sent_as_a_call() {
+fn a_call_of_a_tool_streams_its_name_and_then_its_arguments() {
     let events = vec![
         (0, text("{\"name\": \"wetter\",", 3)),
-        (0, text(" \"parameters\": {\"ort\": \"Ulm\"}}", 5)),
+        (0, text(" \"parameters\": {\"ort\":", 5)),
+        (0, text(" \"Ulm\"}}", 5)),
         (0, finished(FinishReason::Stop, 50, 8)),
     ];
     let mut answer = offering_tools();
     let chunks = stream(&mut answer, events);
-    assert_eq!(chunks.len(), 3);
-    let call = &chunks[1]["choices"][0]["delta"]["tool_calls"][0];
+    let deltas: Vec<&Value> = chunks[1..chunks.len() - 1]
+        .iter()
+        .map(|chunk| &chunk["choices"][0]["delta"]["tool_calls"][0])
+        .collect();
     assert_eq!(
-        call["function"],
-        serde_json::json!({"name": "wetter", "arguments": "{\"ort\":\"Ulm\"}"})
+        deltas,
+        [
+            &serde_json::json!({"index": 0, "id": "call_100", "type": "function", "function": {"name": "wetter", "arguments": ""}}),
+            &serde_json::json!({"index": 0, "function": {"arguments": "{\"ort\":"}}),
+            &serde_json::json!({"index": 0, "function": {"arguments": " \"Ulm\"}"}}),
+        ]
     );
-    assert_eq!(
-        (&call["index"], &call["type"], &call["id"]),
-        (&0.into(), &"function".into(), &"call_100".into())
-    );
-    assert_eq!(chunks[2]["choices"][0]["finish_reason"], "tool_calls");
+    let last = chunks.last().unwrap();
+    assert_eq!(last["choices"][0]["finish_reason"], "tool_calls");
     let whole: Value = serde_json::from_str(&answer.whole()).unwrap();
     let choice = &whole["choices"][0];
     assert_eq!(
@@ -279,10 +292,67 @@ fn a_call_of_a_tool_is_held_back_and_sent_as_a_call() {
         (&"tool_calls".into(), &Value::Null)
     );
     assert_eq!(
-        choice["message"]["tool_calls"][0]["function"]["name"],
-        "wetter"
+        choice["message"]["tool_calls"],
+        serde_json::json!([{
+            "id": "call_100", "type": "function",
+            "function": {"name": "wetter", "arguments": "{\"ort\": \"Ulm\"}"}
+        }])
     );
-    assert!(choice["message"]["tool_calls"][0].get("index").is_none());
+}
+
+#[test]
+fn probabilities_come_with_the_text_of_their_tokens_in_both_shapes() {
+    let probable = |token: &str, logprob: f32| TokenLogprob {
+        bytes: Redacted::new(token.into()),
+        logprob,
+        top: vec![
+            (Redacted::new("Ja".into()), -0.25),
+            (Redacted::new(vec![0xc3]), f32::NEG_INFINITY),
+        ],
+    };
+    let with = |part: &str, logprobs: Vec<TokenLogprob>| Event::Text {
+        text: Redacted::new(part.into()),
+        tokens: vec![7; logprobs.len()],
+        logprobs,
+    };
+    let events = || {
+        vec![
+            (0, with("", vec![probable("Ä", -1.5)])),
+            (0, with("Ärger", vec![probable("rger", -0.5)])),
+            (0, with("", vec![probable(".", -2.0)])),
+            (0, finished(FinishReason::Stop, 3, 3)),
+        ]
+    };
+    let mut chat = answer(Form::Chat, 1);
+    let chunks = stream(&mut chat, events());
+    let told = |chunk: &Value| chunk["choices"][0]["logprobs"]["content"].clone();
+    assert_eq!(told(&chunks[1]).as_array().map(Vec::len), Some(2));
+    assert_eq!(told(&chunks[2])[0]["token"], ".");
+    assert_eq!(chunks[0]["choices"][0]["logprobs"], Value::Null);
+    let whole: Value = serde_json::from_str(&chat.whole()).unwrap();
+    assert_eq!(
+        told(&whole)[0],
+        serde_json::json!({
+            "token": "Ä", "logprob": -1.5, "bytes": [195, 132], "top_logprobs": [
+                {"token": "Ja", "logprob": -0.25, "bytes": [74, 97]},
+                {"token": "\u{fffd}", "logprob": -9999.0, "bytes": [195]}
+            ]
+        })
+    );
+    let mut text = answer(Form::Completion, 1);
+    let chunks = stream(&mut text, events());
+    let told = |chunk: &Value| chunk["choices"][0]["logprobs"].clone();
+    assert_eq!(told(&chunks[0])["text_offset"], serde_json::json!([0, 1]));
+    assert_eq!(told(&chunks[1])["text_offset"], serde_json::json!([5]));
+    let whole: Value = serde_json::from_str(&text.whole()).unwrap();
+    let logprobs = told(&whole);
+    assert_eq!(logprobs["tokens"], serde_json::json!(["Ä", "rger", "."]));
+    assert_eq!(
+        logprobs["token_logprobs"],
+        serde_json::json!([-1.5, -0.5, -2.0])
+    );
+    assert_eq!(logprobs["top_logprobs"][0]["Ja"], -0.25);
+    assert_eq!(logprobs["text_offset"], serde_json::json!([0, 1, 5]));
 }
 
 #[test]

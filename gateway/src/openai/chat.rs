@@ -11,7 +11,8 @@ use crate::app::App;
 use crate::error::{ApiError, ErrorBody};
 use crate::http::auth::Caller;
 use crate::http::body::Json;
-use crate::openai::answer::{Answer, ChatChunk, ChatCompletion, Form};
+use crate::openai::answer::{Answer, Form};
+use crate::openai::body::{ChatChunk, ChatCompletion};
 use crate::openai::generate::{Generations, json_response};
 use crate::openai::request::ChatRequest;
 use crate::openai::{models, sse};
@@ -47,7 +48,7 @@ pub async fn complete(
 
     let mut answer = new_answer(&chat.model, chat.choices)
         .include_usage(chat.include_usage)
-        .with_tools(std::mem::take(&mut chat.tool_names));
+        .with_tools(&chat.tool_names);
     if !chat.collections.is_empty() {
         let messages = std::mem::take(&mut chat.messages);
         let context = model.context_tokens;
@@ -110,6 +111,7 @@ fn nothing_found(mut answer: Answer, choices: usize, stream: bool) -> Result<Res
             Event::Text {
                 text,
                 tokens: Vec::new(),
+                logprobs: Vec::new(),
             },
         )?);
         let finished = Event::Finished {

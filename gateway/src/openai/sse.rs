@@ -143,6 +143,7 @@ mod tests {
         Ok(Event::Text {
             text: Redacted::new(text.into()),
             tokens: vec![1],
+            logprobs: Vec::new(),
         })
     }
 

@@ -11,6 +11,12 @@ pub const MAX_STOP_STRINGS: usize = 16;
 pub const MAX_STOP_BYTES: usize = 256;
 /// Most texts in one embedding request.
 pub const MAX_EMBED_INPUTS: usize = 2048;
+/// Most tokens whose probability is told beside the chosen one's, as at OpenAI.
+pub const MAX_TOP_LOGPROBS: u8 = 20;
+/// Most tokens with a bias, as at OpenAI.
+pub const MAX_LOGIT_BIASES: usize = 300;
+/// Largest bias either way: beyond all differences between logits, so that it forbids or forces.
+pub const MAX_LOGIT_BIAS: f32 = 100.0;
 /// Most bytes of text in one request: far above any context that a model here has, and below one transport frame.
 pub const MAX_PROMPT_BYTES: usize = 8 << 20;
 
@@ -71,6 +77,8 @@ pub struct Sampling {
     pub frequency_penalty: f32,
     /// The same seed, prompt and model give the same answer. Without one the engine draws one.
     pub seed: Option<u64>,
+    /// Added to the logits of these tokens before anything else. Range -100 (never) to 100 (always); each token once.
+    pub logit_bias: Vec<(u32, f32)>,
 }
 
 impl Default for Sampling {
@@ -85,6 +93,7 @@ impl Default for Sampling {
             presence_penalty: 0.0,
             frequency_penalty: 0.0,
             seed: None,
+            logit_bias: Vec::new(),
         }
     }
 }
@@ -148,8 +157,67 @@ impl Sampling {
             frequency,
             (-2.0..=2.0).contains(&frequency),
             "between -2 and 2",
-        )
+        )?;
+        if self.logit_bias.len() > MAX_LOGIT_BIASES {
+            let why = format!(
+                "must name at most {MAX_LOGIT_BIASES} tokens, got {}",
+                self.logit_bias.len()
+            );
+            return Err(InferError::invalid("logit_bias", why));
+        }
+        self.logit_bias.iter().try_for_each(|&(_, bias)| {
+            within(
+                "logit_bias",
+                bias,
+                (-MAX_LOGIT_BIAS..=MAX_LOGIT_BIAS).contains(&bias),
+                "between -100 and 100",
+            )
+        })
     }
+}
+
+/// What an answer must keep to, token by token.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Constraint {
+    /// The form of the whole answer, where it is no call.
+    pub format: Option<Format>,
+    /// Calls of the tools that the prompt offers.
+    pub calls: Option<Calls>,
+}
+
+/// A form of text.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Format {
+    /// Any JSON object.
+    JsonObject,
+    /// JSON that a schema describes. Errors name `param`.
+    Schema {
+        schema: Redacted<String>,
+        param: String,
+    },
+    /// A whole match of a regular expression, in the syntax of Rust's crate `regex` without anchors within and look-around.
+    Regex {
+        pattern: Redacted<String>,
+        param: String,
+    },
+}
+
+/// How tools may be called.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Calls {
+    pub choice: CallChoice,
+    /// More than one call in an answer.
+    pub parallel: bool,
+}
+
+/// OpenAI's `tool_choice`, where it is not `none`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CallChoice {
+    /// Text or calls; what begins as a call keeps to the tool's schema.
+    Auto,
+    Required,
+    /// This function and no other.
+    Named(String),
 }
 
 /// One generation.
@@ -166,6 +234,9 @@ pub struct GenerateRequest {
     pub stop: Vec<String>,
     /// Send the prompt's text first (`/v1/completions` with `echo`).
     pub echo: bool,
+    pub constraint: Option<Constraint>,
+    /// The probability of each token with those of so many others; at most [`MAX_TOP_LOGPROBS`].
+    pub logprobs: Option<u8>,
 }
 
 impl GenerateRequest {
@@ -189,6 +260,12 @@ impl GenerateRequest {
                 stop.len()
             );
             return Err(InferError::invalid("stop", why));
+        }
+        if self.logprobs.is_some_and(|n| n > MAX_TOP_LOGPROBS) {
+            return Err(InferError::invalid(
+                "top_logprobs",
+                format!("must be at most {MAX_TOP_LOGPROBS}"),
+            ));
         }
         if self.max_tokens == Some(0) {
             return Err(InferError::invalid(
@@ -243,12 +320,24 @@ pub enum Event {
     Text {
         text: Redacted<String>,
         tokens: Vec<u32>,
+        /// One a token, if asked for.
+        logprobs: Vec<TokenLogprob>,
     },
     Finished {
         reason: FinishReason,
         prompt_tokens: u32,
         completion_tokens: u32,
     },
+}
+
+/// How probable a token was, before temperature, bias and all else that changes the draw; natural logarithms.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TokenLogprob {
+    /// What the token adds to the text, or its name if it is a control token.
+    pub bytes: Redacted<Vec<u8>>,
+    pub logprob: f32,
+    /// The most probable tokens at this place, best first; under a constraint, of those that it allows.
+    pub top: Vec<(Redacted<Vec<u8>>, f32)>,
 }
 
 /// What the embedder shall take a text for.

@@ -3,6 +3,7 @@
 //! Belongs here: the life of a generation between its tokens in and its events out. How steps are chosen is
 //! `scheduler`, how they are computed `model`, who may ask and how the stream travels `service`.
 
+mod draw;
 mod metrics;
 mod prepare;
 mod run;
@@ -15,6 +16,7 @@ use kernels::Device;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use crate::client::{Event, GenerateRequest, InferError};
+use crate::constrain::Constrainer;
 use crate::model::{self, Candidates, RankModel, StepBatch};
 use crate::scheduler::{Limits, SequenceId};
 use crate::text::{ChatTemplate, Tokenizer};
@@ -84,6 +86,7 @@ pub struct Engine {
     inbox: SyncSender<run::Submission>,
     tokenizer: Arc<Tokenizer>,
     template: Option<Arc<ChatTemplate>>,
+    constrainer: Arc<Constrainer>,
     shared: Arc<Shared>,
 }
 
@@ -183,6 +186,7 @@ impl Engine {
         template: Option<Arc<ChatTemplate>>,
         config: EngineConfig,
     ) -> (Self, Runner<S>) {
+        let constrainer = Arc::new(Constrainer::new(tokenizer.clone()));
         let (inbox, submissions) = sync_channel(INBOX);
         let shared = Arc::new(Shared::default());
         let runner = Runner {
@@ -198,6 +202,7 @@ impl Engine {
                 inbox,
                 tokenizer,
                 template,
+                constrainer,
                 shared,
             },
             runner,
@@ -218,6 +223,7 @@ impl Engine {
             request,
             &self.tokenizer,
             self.template.as_deref(),
+            &self.constrainer,
             now_ms,
         )?)
     }
@@ -258,6 +264,11 @@ impl Engine {
     /// Why the group can take no more steps, once it cannot.
     pub fn broken(&self) -> Option<String> {
         self.shared.broken()
+    }
+
+    /// What compiles constraints for this model.
+    pub fn constrainer(&self) -> &Arc<Constrainer> {
+        &self.constrainer
     }
 
     /// The model's tokenizer.

@@ -9,8 +9,10 @@ use coordinator::Redacted;
 use coordinator::clock::monotonic;
 use tokio::sync::mpsc::UnboundedSender;
 
+use super::draw::{draw, logprob, wants};
 use super::{Drafter, EngineConfig, METRICS, Prepared, RETRY_AFTER_S, Shared, Stepper, Ticket};
 use crate::client::{Event, FinishReason, InferError};
+use crate::constrain::{Exceeded, Matcher};
 use crate::model::{self, Candidates};
 use crate::sampling::Sampler;
 use crate::scheduler::{Planned, Refused, Sample, Scheduler, SequenceId};
@@ -32,6 +34,8 @@ struct Generation {
     sampler: Sampler,
     detokenizer: Detokenizer,
     stop: StopMatcher,
+    matcher: Option<Matcher>,
+    logprobs: Option<u8>,
     prompt_tokens: u32,
     completion_tokens: u32,
     /// Tokens after which the answer ends.
@@ -156,6 +160,8 @@ impl<S: Stepper> EngineLoop<S> {
             sampler,
             detokenizer: Detokenizer::new(),
             stop: StopMatcher::new(&prepared.stop),
+            matcher: prepared.matcher,
+            logprobs: prepared.logprobs,
             prompt_tokens: prompt_tokens as u32,
             completion_tokens: 0,
             max_tokens: prepared
@@ -177,6 +183,7 @@ impl<S: Stepper> EngineLoop<S> {
                     let _ = generation.events.send(Ok(Event::Text {
                         text,
                         tokens: Vec::new(),
+                        logprobs: Vec::new(),
                     }));
                 }
                 self.generations.insert(id, generation);
@@ -219,11 +226,7 @@ impl<S: Stepper> EngineLoop<S> {
 
     /// `Err` when the group is broken.
     fn step(&mut self, mut planned: Planned) -> Result<(), String> {
-        planned.batch.full_logits = planned.samples.iter().any(|sample| {
-            self.generations
-                .get(&sample.id)
-                .is_some_and(|g| g.sampler.needs_full_logits())
-        });
+        self.want(&mut planned);
         let started = monotonic();
         let result = self.stepper.step(&planned.batch);
         if let Some(metrics) = METRICS.as_ref() {
@@ -276,19 +279,52 @@ impl<S: Stepper> EngineLoop<S> {
         }
     }
 
+    /// Says what the step's rows must bring for their draws. A sequence whose constraint cannot be followed ends here; its
+    /// rows are computed for nobody.
+    fn want(&mut self, planned: &mut Planned) {
+        let mut row = 0;
+        for sample in &planned.samples {
+            let first = row;
+            row += sample.rows();
+            let Some(generation) = self.generations.get_mut(&sample.id) else {
+                continue;
+            };
+            let (sampler, matcher) = (&generation.sampler, generation.matcher.as_mut());
+            let batch = &mut planned.batch;
+            if let Err(exceeded) = wants(sampler, matcher, first, &sample.drafts, &mut batch.wants)
+            {
+                self.exceed(sample.id, exceeded);
+            }
+        }
+    }
+
+    fn exceed(&mut self, id: SequenceId, exceeded: Exceeded) {
+        let Exceeded { param, why } = exceeded;
+        if let Some(generation) = self.take(id) {
+            self.fail(generation, InferError::Invalid { param, why });
+        }
+    }
+
+    fn is_held(&self, id: SequenceId) -> bool {
+        let matcher = self.generations.get(&id).and_then(|g| g.matcher.as_ref());
+        matcher.is_some_and(Matcher::is_held)
+    }
+
     /// Takes a sequence's tokens from its rows: each as plain decoding would, the next row only if its draft was right.
     fn sample_rows(&mut self, sample: &Sample, rows: &[Candidates]) {
         let id = sample.id;
         let Some(first) = self.scheduler.length(id) else {
             return;
         };
+        let held = self.is_held(id);
         let mut taken = Vec::with_capacity(rows.len());
         for (i, candidates) in rows.iter().enumerate() {
             let Some(token) = self.sample(id, first + i, candidates) else {
                 return;
             };
             taken.push(token);
-            if sample.drafts.get(i) != Some(&token) {
+            // A call that has just begun decides the next token, for which the row was not masked.
+            if sample.drafts.get(i) != Some(&token) || held != self.is_held(id) {
                 break;
             }
         }
@@ -301,18 +337,15 @@ impl<S: Stepper> EngineLoop<S> {
     /// Draws the token at `position` and tells it. `None` when the generation is over.
     fn sample(&mut self, id: SequenceId, position: usize, candidates: &Candidates) -> Option<u32> {
         let generation = self.generations.get_mut(&id)?;
-        let token = match &candidates.full {
-            Some(logits) => {
-                let pairs: Vec<(u32, f32)> = logits
-                    .iter()
-                    .enumerate()
-                    .map(|(id, &logit)| (id as u32, logit))
-                    .collect();
-                generation.sampler.sample(position as u64, &pairs)
-            }
-            None => generation.sampler.sample(position as u64, &candidates.top),
-        };
+        let token = draw(&generation.sampler, candidates, position);
         let Some(token) = token else {
+            if let Some(matcher) = &generation.matcher
+                && candidates.log_sum_exp.is_finite()
+            {
+                let exceeded = matcher.nothing_follows();
+                self.exceed(id, exceeded);
+                return None;
+            }
             let why = model::Error::NotFinite.to_string();
             tracing::error!(%why, position, "a sequence failed");
             if let Some(generation) = self.take(id) {
@@ -326,6 +359,17 @@ impl<S: Stepper> EngineLoop<S> {
         }
         generation.completion_tokens += 1;
         generation.sampler.accept(token);
+        let logprobs = generation
+            .logprobs
+            .map(|others| logprob(&self.tokenizer, candidates, token, others));
+        let mut over = false;
+        if let Some(matcher) = &mut generation.matcher {
+            if let Err(exceeded) = matcher.accept(token) {
+                self.exceed(id, exceeded);
+                return None;
+            }
+            over = matcher.is_over();
+        }
         let text = generation
             .detokenizer
             .push(self.tokenizer.token_bytes(token));
@@ -336,11 +380,14 @@ impl<S: Stepper> EngineLoop<S> {
         let _ = generation.events.send(Ok(Event::Text {
             text: Redacted::new(text),
             tokens: vec![token],
+            logprobs: logprobs.into_iter().collect(),
         }));
         let ended = generation.completion_tokens >= generation.max_tokens;
         if stopped {
             generation.stop = StopMatcher::new(&[]);
             generation.detokenizer = Detokenizer::new();
+        }
+        if stopped || over {
             self.finish(id, FinishReason::Stop);
         } else if ended {
             self.finish(id, FinishReason::Length);
@@ -371,6 +418,7 @@ impl<S: Stepper> EngineLoop<S> {
             let _ = generation.events.send(Ok(Event::Text {
                 text: Redacted::new(rest),
                 tokens: Vec::new(),
+                logprobs: Vec::new(),
             }));
         }
         let (prompt_tokens, completion_tokens) =

@@ -1,5 +1,6 @@
 //! The life of generations, against ranks that do what a script says, and once against a real small model.
 
+mod constrained;
 mod drafting;
 mod failing;
 mod preparing;
@@ -81,6 +82,8 @@ fn prepared(tokens: Vec<u32>) -> Prepared {
         stop: Vec::new(),
         max_tokens: None,
         echo: None,
+        matcher: None,
+        logprobs: None,
     }
 }
 
@@ -224,7 +227,9 @@ fn read(mut stream: Stream) -> Outcome {
                 Ok(Event::Started { prompt_tokens }) => {
                     assert_eq!(started.replace(prompt_tokens), None);
                 }
-                Ok(Event::Text { text: t, tokens: n }) => {
+                Ok(Event::Text {
+                    text: t, tokens: n, ..
+                }) => {
                     assert!(started.is_some(), "text before the start");
                     text += t.expose();
                     tokens.extend(n);
@@ -456,6 +461,8 @@ fn echo_sends_the_prompts_text_before_the_answer() {
         sampling: Sampling::greedy(),
         stop: Vec::new(),
         echo,
+        constraint: None,
+        logprobs: None,
     };
     let outcome = read(engine.generate(&request(true)).unwrap());
     assert_eq!(outcome.text, "ab czz");

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-use super::{CANDIDATES, Candidates, Error};
+use super::{CANDIDATES, Candidates, Error, StepBatch, Want};
 
 /// One rank's part of one row.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -16,25 +16,70 @@ pub struct Part {
     full: Option<Vec<f32>>,
 }
 
-/// Parts of `rows` rows of `logits`, `[rows, vocab.len()]`.
-pub fn parts(logits: &[f32], rows: usize, vocab: Range<usize>, full: bool) -> Vec<Part> {
-    let part = |logits: &[f32]| {
-        let mut top = kernels::top_candidates(logits, CANDIDATES);
-        for (id, _) in &mut top {
-            *id += vocab.start as u32;
-        }
-        let largest = top.first().map_or(f32::NEG_INFINITY, |t| t.1);
-        Part {
-            top,
-            largest,
-            exp_sum: exp_sum(logits, largest),
-            full: full.then(|| logits.to_vec()),
-        }
-    };
-    if vocab.is_empty() {
-        return vec![part(&[]); rows];
+/// Parts of the batch's rows of `logits`, `[logits_rows, vocab.len()]`.
+pub fn parts(logits: &[f32], vocab: Range<usize>, batch: &StepBatch) -> Vec<Part> {
+    let rows = batch.logits_rows.len();
+    let mut wants = batch.wants.iter().peekable();
+    let plain = Want::default();
+    (0..rows)
+        .map(|row| {
+            let want = wants.next_if(|want| want.row == row).unwrap_or(&plain);
+            let own = &logits[row * vocab.len()..(row + 1) * vocab.len()];
+            part(
+                own,
+                &vocab,
+                want.mask.as_deref(),
+                batch.full_logits || want.full,
+            )
+        })
+        .collect()
+}
+
+fn part(logits: &[f32], vocab: &Range<usize>, mask: Option<&[u32]>, full: bool) -> Part {
+    // Of all tokens, so that probabilities are the model's own.
+    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let exp_sum = exp_sum(logits, largest);
+    let masked = mask.map(|mask| masked(logits, vocab.start, mask));
+    let logits = masked.as_deref().unwrap_or(logits);
+    let mut top = kernels::top_candidates(logits, CANDIDATES);
+    if masked.is_some() {
+        top.retain(|(_, logit)| *logit > f32::NEG_INFINITY);
     }
-    logits.chunks_exact(vocab.len()).map(part).collect()
+    for (id, _) in &mut top {
+        *id += vocab.start as u32;
+    }
+    Part {
+        top,
+        largest,
+        exp_sum,
+        full: full.then(|| logits.to_vec()),
+    }
+}
+
+/// The logits of the tokens from `first` with those that `mask` does not allow at negative infinity.
+fn masked(logits: &[f32], first: usize, mask: &[u32]) -> Vec<f32> {
+    let mut masked = vec![f32::NEG_INFINITY; logits.len()];
+    let mut at = 0;
+    while at < logits.len() {
+        let token = first + at;
+        let Some(word) = mask.get(token / 32) else {
+            break;
+        };
+        let bits = word >> (token % 32);
+        let run = (32 - token % 32).min(logits.len() - at);
+        // Most words are all ones or all zeros.
+        if bits == u32::MAX >> (token % 32) {
+            masked[at..at + run].copy_from_slice(&logits[at..at + run]);
+        } else if bits != 0 {
+            for i in 0..run {
+                if bits >> i & 1 == 1 {
+                    masked[at + i] = logits[at + i];
+                }
+            }
+        }
+        at += run;
+    }
+    masked
 }
 
 /// The leader's view of each row from the parts of all ranks, in rank order. A row with a value that is not finite gives no candidate,
@@ -141,17 +186,26 @@ mod tests {
         assert!(exp(f32::NAN).is_nan());
     }
 
+    /// `rows` rows of which all logits are wanted.
+    fn batch(rows: u32) -> StepBatch {
+        StepBatch {
+            logits_rows: (0..rows).collect(),
+            full_logits: true,
+            ..StepBatch::default()
+        }
+    }
+
     #[test]
     fn candidates_do_not_depend_on_how_the_vocabulary_is_divided() {
         let logits: Vec<f32> = (0..1000u32)
             .map(|i| (i.wrapping_mul(2_654_435_761) >> 20) as f32 / 128.0)
             .collect();
-        let whole = merge(vec![parts(&logits, 1, 0..1000, true)], 1).unwrap();
+        let whole = merge(vec![parts(&logits, 0..1000, &batch(1))], 1).unwrap();
         assert_eq!(whole[0].top.len(), CANDIDATES);
         for cut in [0, 1, 64, 500, 1000] {
             let halves = vec![
-                parts(&logits[..cut], 1, 0..cut, true),
-                parts(&logits[cut..], 1, cut..1000, true),
+                parts(&logits[..cut], 0..cut, &batch(1)),
+                parts(&logits[cut..], cut..1000, &batch(1)),
             ];
             let merged = merge(halves, 1).unwrap();
             assert_eq!(merged[0].top, whole[0].top);
@@ -163,7 +217,7 @@ mod tests {
     #[test]
     fn a_row_that_is_not_finite_has_no_candidate_and_leaves_the_others_alone() {
         let good = [0.5, 2.0, -1.0, 0.0, 1.0, 1.0, 1.0, 1.0];
-        let alone = merge(vec![parts(&good, 1, 0..8, true)], 1).unwrap();
+        let alone = merge(vec![parts(&good, 0..8, &batch(1))], 1).unwrap();
         for bad in [f32::NAN, f32::INFINITY] {
             for at in 0..8 {
                 let mut logits = [good, good, good].concat();
@@ -173,7 +227,7 @@ mod tests {
                         .chunks(8)
                         .flat_map(|row| row[half.clone()].to_vec())
                         .collect();
-                    parts(&own, 3, half, true)
+                    parts(&own, half, &batch(3))
                 });
                 let merged = merge(halves.into(), 3).unwrap();
                 assert!(merged[1].top.is_empty() && merged[1].full.is_none());
@@ -183,6 +237,50 @@ mod tests {
                     assert_eq!(merged[row].full, alone[0].full);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn a_mask_leaves_the_allowed_tokens_and_the_models_probabilities() {
+        let logits: Vec<f32> = (0..300u32)
+            .map(|i| (i.wrapping_mul(2_654_435_761) >> 20) as f32 / 512.0)
+            .collect();
+        let allowed = |id: u32| id % 7 == 3 || (64..128).contains(&id);
+        let mut mask = vec![0u32; 9];
+        (0..288)
+            .filter(|&id| allowed(id))
+            .for_each(|id| mask[id as usize / 32] |= 1 << (id % 32));
+        let mut want = batch(2);
+        want.full_logits = false;
+        want.wants = vec![Want {
+            row: 1,
+            mask: Some(mask),
+            full: true,
+        }];
+        let two = [logits.clone(), logits.clone()].concat();
+        let whole = merge(vec![parts(&two, 0..300, &want)], 2).unwrap();
+        assert_eq!(whole[0].top.len(), CANDIDATES);
+        assert!(whole[0].full.is_none());
+        let expected: Vec<u32> = (0..288).filter(|&id| allowed(id)).collect();
+        let mut got: Vec<u32> = whole[1].top.iter().map(|t| t.0).collect();
+        got.sort_unstable();
+        assert_eq!(got, expected, "beyond the mask nothing is allowed");
+        assert_eq!(whole[1].log_sum_exp, whole[0].log_sum_exp);
+        let full = whole[1].full.as_ref().unwrap();
+        assert!((0..300).all(|id| full[id as usize].is_finite() == (id < 288 && allowed(id))));
+        for cut in [1, 33, 100, 299] {
+            let half = |range: Range<usize>| {
+                let own: Vec<f32> = two
+                    .chunks(300)
+                    .flat_map(|r| r[range.clone()].to_vec())
+                    .collect();
+                parts(&own, range, &want)
+            };
+            let merged = merge(vec![half(0..cut), half(cut..300)], 2).unwrap();
+            assert_eq!(
+                (&merged[1].top, &merged[1].full),
+                (&whole[1].top, &whole[1].full)
+            );
         }
     }
 }

@@ -32,6 +32,20 @@ pub struct StepBatch {
     pub logits_rows: Vec<u32>,
     /// Whether all logits of those rows travel, not only the candidates.
     pub full_logits: bool,
+    /// What single rows of those want besides, in order of their rows.
+    pub wants: Vec<Want>,
+}
+
+/// What one row of logits wants besides the usual candidates.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Want {
+    /// Which of the batch's `logits_rows`, by its place there.
+    pub row: usize,
+    /// Only these tokens are candidates: bit `i % 32` of word `i / 32` is token `i`, tokens beyond are not. Each rank masks its
+    /// own part, so that a few kilobytes travel instead of all logits.
+    pub mask: Option<Vec<u32>>,
+    /// All logits travel, those that the mask forbids as negative infinity.
+    pub full: bool,
 }
 
 /// The rows of one sequence in a step.
@@ -48,8 +62,8 @@ pub struct Span {
 /// What the sampler gets for one row.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Candidates {
-    /// The [`CANDIDATES`] largest logits with their token ids, largest first, equal ones by id. Empty, and `full` absent, where the row
-    /// holds a value that is not finite.
+    /// The [`CANDIDATES`] largest logits (of the tokens allowed) with their token ids, largest first, equal ones by id. Empty, and
+    /// `full` absent, where the row holds a value that is not finite.
     pub top: Vec<(u32, f32)>,
     /// Over the whole vocabulary; NaN where the row is not finite.
     pub log_sum_exp: f32,

@@ -110,12 +110,7 @@ impl<D: Device> RankModel<D> {
     fn compute(&mut self, batch: &StepBatch) -> Result<Option<Vec<Candidates>>, Error> {
         let logits = self.model.forward(batch, self.collective.as_mut())?;
         let vocab = &self.numbers.vocab_rows;
-        let parts = candidates::parts(
-            logits,
-            batch.logits_rows.len(),
-            vocab.clone(),
-            batch.full_logits,
-        );
+        let parts = candidates::parts(logits, vocab.clone(), batch);
         if self.collective.size() == 1 {
             return candidates::merge(vec![parts], batch.logits_rows.len()).map(Some);
         }
@@ -199,6 +194,17 @@ fn check(batch: &StepBatch, config: &ModelConfig, plan: &ShardPlan) -> Result<()
             "logits rows",
             format!("rows below {rows}, each once"),
             format!("{:?}", batch.logits_rows),
+        );
+    }
+    let ordered = batch.wants.windows(2).all(|w| w[0].row < w[1].row);
+    if !ordered || batch.wants.iter().any(|w| w.row >= batch.logits_rows.len()) {
+        return wrong(
+            "rows with wants of their own",
+            format!("growing numbers below {}", batch.logits_rows.len()),
+            format!(
+                "{:?}",
+                batch.wants.iter().map(|w| w.row).collect::<Vec<_>>()
+            ),
         );
     }
     let mut next = 0;

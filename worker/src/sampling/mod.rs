@@ -1,6 +1,6 @@
 //! Choosing the next token from the candidates of a step.
 //!
-//! Order: penalties, temperature, top-k, top-p, min-p, one draw. Belongs here: what turns logits into one token. Which
+//! Order: bias, penalties, temperature, top-k, top-p, min-p, one draw. Belongs here: what turns logits into one token. Which
 //! sequences want one, and what becomes of it, does not.
 
 mod philox;
@@ -10,6 +10,7 @@ use std::collections::HashMap;
 pub use philox::{philox, uniform};
 
 use crate::client::Sampling;
+use crate::model::CANDIDATES;
 
 /// Draws tokens for one sequence. Same seed, same logits, same history: same tokens, also after a resumption.
 #[derive(Debug, Clone)]
@@ -18,6 +19,7 @@ pub struct Sampler {
     seed: u64,
     /// How often each token stands in (prompt, answer).
     seen: HashMap<u32, (u32, u32)>,
+    bias: HashMap<u32, f64>,
 }
 
 impl Sampler {
@@ -33,6 +35,11 @@ impl Sampler {
             sampling: sampling.clone(),
             seed: sampling.seed.unwrap_or(seed),
             seen,
+            bias: sampling
+                .logit_bias
+                .iter()
+                .map(|&(token, bias)| (token, f64::from(bias)))
+                .collect(),
         }
     }
 
@@ -41,6 +48,7 @@ impl Sampler {
     pub fn needs_full_logits(&self) -> bool {
         let s = &self.sampling;
         s.temperature > 1.5
+            || !self.bias.is_empty()
             || s.repetition_penalty < 1.0
             || s.presence_penalty < 0.0
             || s.frequency_penalty < 0.0
@@ -64,6 +72,11 @@ impl Sampler {
         let s = &self.sampling;
         if s.temperature <= 0.0 {
             return pool.into_iter().min_by(better).map(|(token, _)| token);
+        }
+        // Whole rows come for what changes logits; their tails weigh nothing unless the distribution is flat.
+        if s.temperature <= 1.5 && pool.len() > CANDIDATES {
+            pool.select_nth_unstable_by(CANDIDATES - 1, better);
+            pool.truncate(CANDIDATES);
         }
         pool.sort_unstable_by(better);
         if s.top_k > 0 {
@@ -101,6 +114,7 @@ impl Sampler {
     }
 
     fn penalised(&self, token: u32, logit: f64) -> f64 {
+        let logit = logit + self.bias.get(&token).copied().unwrap_or(0.0);
         let Some(&(_, answered)) = self.seen.get(&token) else {
             return logit;
         };
@@ -273,6 +287,23 @@ mod tests {
             &[],
         );
         assert_ne!(draw(&sampler, &candidates()), draw(&third, &candidates()));
+    }
+
+    #[test]
+    fn a_bias_forbids_forces_and_shifts() {
+        let biased = |bias: Vec<(u32, f32)>| Sampling {
+            logit_bias: bias,
+            ..Sampling::default()
+        };
+        let forced = biased(vec![(14, 100.0)]);
+        assert!(Sampler::new(&forced, 0, &[]).needs_full_logits());
+        assert_distribution(&forced, &[0.0, 0.0, 0.0, 0.0, 1.0]);
+        assert_distribution(
+            &biased(vec![(10, -100.0)]),
+            &[0.0, 0.25, 0.125, 0.0625, 0.0625],
+        );
+        let doubled = biased(vec![(12, std::f32::consts::LN_2)]);
+        assert_distribution(&doubled, &[0.5, 0.25, 0.25, 0.0625, 0.0625]);
     }
 
     #[test]

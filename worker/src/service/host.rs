@@ -339,6 +339,11 @@ impl Hosted {
             text.template.map(Arc::new),
             config,
         );
+        // Ready before the first request asks; that one would only wait longer if there were no thread.
+        let constrainer = engine.constrainer().clone();
+        let _ = std::thread::Builder::new()
+            .name("constrain".into())
+            .spawn(move || constrainer.warm());
         let engine = Arc::new(engine);
         self.set_state(State::Engine(engine.clone()))?;
         // The runner ends when the last handle is gone; only the state's may keep it.

@@ -122,6 +122,8 @@ async fn only_the_epoch_that_is_hosted_is_served() {
             sampling: Sampling::greedy(),
             stop: Vec::new(),
             echo: false,
+            constraint: None,
+            logprobs: None,
         };
         ask::<Frame>(&transport, SERVICE_GENERATE, epoch, request)
     };

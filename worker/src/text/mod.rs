@@ -19,7 +19,7 @@ mod vocabulary;
 pub use detokenize::{Detokenizer, StopMatcher, StopOutcome};
 pub use source::{TextSide, load};
 pub use specials::Parse;
-pub use template::{ChatInput, ChatTemplate, Rendered};
+pub use template::{CallForm, ChatInput, ChatTemplate, Rendered};
 pub use tokenizer::Tokenizer;
 pub use vocabulary::{TokenKind, Vocabulary};
 

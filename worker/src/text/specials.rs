@@ -39,6 +39,12 @@ impl Specials {
         Self { by_first }
     }
 
+    /// A special token's text.
+    pub(super) fn name(&self, id: u32) -> Option<&str> {
+        let mut tokens = self.by_first.values().flatten();
+        tokens.find(|t| t.1 == id).map(|t| t.0.as_str())
+    }
+
     /// The longest special token that `text` starts with.
     fn at_start(&self, text: &str, parse: Parse) -> Option<(&str, u32)> {
         let tokens = self.by_first.get(text.as_bytes().first()?)?;

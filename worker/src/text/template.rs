@@ -37,6 +37,15 @@ pub struct ChatInput {
     pub now_ms: u64,
 }
 
+/// How a model's template has it write calls of tools.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CallForm {
+    /// Llama 3: the answer is `{"name": …, "parameters": …}`, several separated by `;`.
+    Bare,
+    /// ChatML models: `<tool_call>{"name": …, "arguments": …}</tool_call>`, after text if they like.
+    Tagged,
+}
+
 /// A rendered conversation with marks in users' text.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Rendered {
@@ -103,6 +112,15 @@ impl ChatTemplate {
             .template_from_str(source)
             .map_err(explain)?;
         Ok(template)
+    }
+
+    /// How the model writes calls of tools: as its template shows them to it.
+    pub fn call_form(&self) -> CallForm {
+        if self.source.contains("<tool_call>") {
+            CallForm::Tagged
+        } else {
+            CallForm::Bare
+        }
     }
 
     /// Renders a conversation for a model with this tokenizer.

@@ -327,6 +327,14 @@ impl Tokenizer {
         &self.bytes[start as usize..end as usize]
     }
 
+    /// What a token is called where tokens are told one by one: its bytes, or a control token's name.
+    pub fn token_name(&self, id: u32) -> &[u8] {
+        match self.token_bytes(id) {
+            [] => self.specials.name(id).unwrap_or_default().as_bytes(),
+            bytes => bytes,
+        }
+    }
+
     /// The text of tokens; broken characters become U+FFFD.
     pub fn decode(&self, ids: &[u32]) -> String {
         let bytes: Vec<u8> = ids

@@ -5,11 +5,11 @@ use coordinator::ids::TenantId;
 use serde::Deserialize;
 use serde_json::Value;
 use utoipa::ToSchema;
-use worker::client::{GenerateRequest, Message, Prompt, Sampling};
+use worker::client::{Constraint, GenerateRequest, Message, Prompt, Sampling};
 
 use super::{
-    Drawing, MAX_COLLECTIONS, MAX_MESSAGES, MAX_TOOLS, OneOrMany, StreamOptions, check_choices,
-    check_max_tokens, check_stop, include_usage, repeat,
+    Drawing, MAX_COLLECTIONS, MAX_MESSAGES, OneOrMany, StreamOptions, check_choices,
+    check_max_tokens, check_stop, form, include_usage, repeat,
 };
 use crate::error::ApiError;
 
@@ -74,19 +74,31 @@ pub struct ChatRequest {
     /// The answer ends before the first of these strings.
     #[serde(default)]
     pub stop: Option<OneOrMany>,
+    /// Functions that the model may call: `{"type":"function","function":{"name","description","parameters","strict"}}`. With
+    /// `strict`, a schema that cannot be kept to is an error; without, any object is taken as arguments then.
     #[serde(default)]
     #[schema(value_type = Option<Vec<Object>>)]
     pub tools: Option<Vec<Value>>,
-    /// `auto` or `none`.
+    /// `auto`, `none`, `required`, or `{"type":"function","function":{"name":…}}`.
     #[serde(default)]
     #[schema(value_type = Option<Object>)]
     pub tool_choice: Option<Value>,
-    /// `{"type":"text"}` only.
+    /// Whether an answer may hold more than one call; true when absent.
+    #[serde(default)]
+    pub parallel_tool_calls: Option<bool>,
+    /// What the answer keeps to, token by token: `{"type":"text"}`, `{"type":"json_object"}`,
+    /// `{"type":"json_schema","json_schema":{"name":…,"schema":…}}`, or, not in OpenAI's API, `{"type":"regex","pattern":…}`.
     #[serde(default)]
     #[schema(value_type = Option<Object>)]
     pub response_format: Option<Value>,
+    /// Tell how probable each token was.
     #[serde(default)]
     pub logprobs: Option<bool>,
+    /// With `logprobs`: the most probable tokens at each place, 0 to 20.
+    #[serde(default)]
+    #[schema(maximum = 20)]
+    pub top_logprobs: Option<u32>,
+    /// Token ids (as strings) with what is added to their logits, -100 (never) to 100 (always); at most 300.
     #[serde(default)]
     #[schema(value_type = Option<Object>)]
     pub logit_bias: Option<Value>,
@@ -148,6 +160,8 @@ pub struct Chat {
     pub tools: Option<Redacted<String>>,
     /// Their names.
     pub tool_names: Vec<String>,
+    pub constraint: Option<Constraint>,
+    pub logprobs: Option<u8>,
     pub collections: Vec<String>,
     pub max_tokens: Option<u32>,
     pub choices: usize,
@@ -188,16 +202,23 @@ impl ChatRequest {
             GROUNDED_TEMPERATURE
         };
         let stream = self.stream.unwrap_or(false);
-        let tools = check_tools(self.tools, self.tool_choice.as_ref())?;
-        let tool_names = tools
-            .iter()
-            .filter_map(tool_name)
-            .map(str::to_owned)
-            .collect();
+        let tools = form::tools(
+            self.tools,
+            self.tool_choice.as_ref(),
+            self.parallel_tool_calls,
+        )?;
+        let format = form::response_format(self.response_format.as_ref())?;
+        let constraint = Constraint {
+            format,
+            calls: tools.calls,
+        };
+        let offered = tools.offered;
         let chat = Chat {
             messages: messages?,
-            tools: (!tools.is_empty()).then(|| Redacted::new(Value::Array(tools).to_string())),
-            tool_names,
+            tools: (!offered.is_empty()).then(|| Redacted::new(Value::Array(offered).to_string())),
+            tool_names: tools.names,
+            constraint: (constraint != Constraint::default()).then_some(constraint),
+            logprobs: form::logprobs(self.logprobs, self.top_logprobs)?,
             collections,
             max_tokens: check_max_tokens(self.max_tokens, self.max_completion_tokens)?,
             choices: check_choices(self.n)?,
@@ -210,6 +231,7 @@ impl ChatRequest {
                 presence_penalty: self.presence_penalty,
                 frequency_penalty: self.frequency_penalty,
                 seed: self.seed,
+                logit_bias: form::logit_bias(self.logit_bias.as_ref())?,
             }
             .sampling(temperature)?,
             stop: check_stop(self.stop)?,
@@ -221,22 +243,6 @@ impl ChatRequest {
     }
 
     fn refuse_what_is_not_offered(&self) -> Result<(), ApiError> {
-        if self.logprobs == Some(true) {
-            return Err(ApiError::unsupported(
-                "logprobs",
-                "logprobs: expected false, got true; this server does not return them",
-            ));
-        }
-        if self
-            .logit_bias
-            .as_ref()
-            .is_some_and(|bias| bias.as_object().is_none_or(|bias| !bias.is_empty()))
-        {
-            return Err(ApiError::unsupported(
-                "logit_bias",
-                "logit_bias: expected nothing or {}; this server has no token biases",
-            ));
-        }
         if self
             .functions
             .as_ref()
@@ -246,13 +252,6 @@ impl ChatRequest {
                 "functions",
                 "functions: expected nothing; send `tools` instead",
             ));
-        }
-        if let Some(format) = &self.response_format
-            && format.get("type").and_then(Value::as_str) != Some("text")
-        {
-            let message =
-                "response_format: expected {\"type\":\"text\"}; ask for JSON in the prompt instead";
-            return Err(ApiError::unsupported("response_format", message));
         }
         if self
             .modalities
@@ -283,6 +282,8 @@ impl Chat {
             sampling: self.sampling.clone(),
             stop: self.stop.clone(),
             echo: false,
+            constraint: self.constraint.clone(),
+            logprobs: self.logprobs,
         };
         repeat(request, self.choices)
     }
@@ -366,34 +367,4 @@ impl Content {
         }
         Ok(Redacted::new(whole))
     }
-}
-
-/// The tools to offer: none when the choice says so.
-fn check_tools(tools: Option<Vec<Value>>, choice: Option<&Value>) -> Result<Vec<Value>, ApiError> {
-    let tools = tools.unwrap_or_default();
-    if tools.len() > MAX_TOOLS {
-        let message = format!("tools: expected at most {MAX_TOOLS}, got {}", tools.len());
-        return Err(ApiError::invalid("tools", message));
-    }
-    if let Some(i) = tools.iter().position(|tool| tool_name(tool).is_none()) {
-        let param = format!("tools[{i}]");
-        let message = format!(
-            "{param}: expected {{\"type\":\"function\",\"function\":{{\"name\",\"parameters\"}}}}"
-        );
-        return Err(ApiError::invalid(param, message));
-    }
-    match choice {
-        None | Some(Value::Null) => Ok(tools),
-        Some(Value::String(word)) if word == "auto" => Ok(tools),
-        Some(Value::String(word)) if word == "none" => Ok(Vec::new()),
-        Some(_) => {
-            let message = "tool_choice: expected \"auto\" or \"none\"; the models here cannot be forced to call a tool";
-            Err(ApiError::unsupported("tool_choice", message))
-        }
-    }
-}
-
-/// The function's name in a tool or in a call of one.
-fn tool_name(tool: &Value) -> Option<&str> {
-    tool.pointer("/function/name")?.as_str()
 }

@@ -9,12 +9,15 @@ use worker::client::{GenerateRequest, Prompt, Sampling};
 
 use super::{
     Drawing, MAX_CHOICES, OneOrMany, StreamOptions, check_choices, check_max_tokens, check_stop,
-    include_usage, repeat,
+    form, include_usage, repeat,
 };
 use crate::error::ApiError;
 
 /// Length of a text completion whose request names none, as at OpenAI.
 pub(super) const COMPLETION_TOKENS: u32 = 16;
+
+/// Most of the most probable tokens told, as at OpenAI.
+const MAX_LOGPROBS: u8 = 5;
 
 /// `POST /v1/completions`.
 #[derive(Debug, Clone, Deserialize, ToSchema)]
@@ -70,8 +73,11 @@ pub struct CompletionRequest {
     pub echo: Option<bool>,
     #[serde(default)]
     pub best_of: Option<u32>,
+    /// Tell how probable each token was, beside so many of the most probable ones; 0 to 5. Not together with `echo`.
     #[serde(default)]
+    #[schema(maximum = 5)]
     pub logprobs: Option<u32>,
+    /// Token ids (as strings) with what is added to their logits, -100 (never) to 100 (always); at most 300.
     #[serde(default)]
     #[schema(value_type = Option<Object>)]
     pub logit_bias: Option<Value>,
@@ -91,6 +97,7 @@ pub struct Completion {
     sampling: Sampling,
     stop: Vec<String>,
     echo: bool,
+    logprobs: Option<u8>,
     pub stream: bool,
     pub include_usage: bool,
 }
@@ -98,20 +105,20 @@ pub struct Completion {
 impl CompletionRequest {
     /// Checks everything that can be judged without the cluster.
     pub fn check(self) -> Result<Completion, ApiError> {
-        if self.logprobs.is_some_and(|n| n > 0) {
+        let logprobs = match self.logprobs {
+            None => None,
+            Some(n) => match u8::try_from(n) {
+                Ok(n) if n <= MAX_LOGPROBS => Some(n),
+                _ => {
+                    let message = format!("logprobs: expected 0 to {MAX_LOGPROBS}, got {n}");
+                    return Err(ApiError::invalid("logprobs", message));
+                }
+            },
+        };
+        if logprobs.is_some() && self.echo == Some(true) {
             return Err(ApiError::unsupported(
                 "logprobs",
-                "logprobs: expected nothing or 0; this server does not return them",
-            ));
-        }
-        if self
-            .logit_bias
-            .as_ref()
-            .is_some_and(|bias| bias.as_object().is_none_or(|bias| !bias.is_empty()))
-        {
-            return Err(ApiError::unsupported(
-                "logit_bias",
-                "logit_bias: expected nothing or {}; this server has no token biases",
+                "logprobs: expected nothing together with echo; this server does not tell the probabilities of a prompt's tokens",
             ));
         }
         if self
@@ -154,10 +161,12 @@ impl CompletionRequest {
                 presence_penalty: self.presence_penalty,
                 frequency_penalty: self.frequency_penalty,
                 seed: self.seed,
+                logit_bias: form::logit_bias(self.logit_bias.as_ref())?,
             }
             .sampling(1.0)?,
             stop: check_stop(self.stop)?,
             echo: self.echo.unwrap_or(false),
+            logprobs,
             stream,
             include_usage: include_usage(stream, self.stream_options)?,
         })
@@ -175,6 +184,8 @@ impl Completion {
             sampling: self.sampling.clone(),
             stop: self.stop.clone(),
             echo: self.echo,
+            constraint: None,
+            logprobs: self.logprobs,
         };
         self.prompts
             .iter()

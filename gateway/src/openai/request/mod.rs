@@ -2,6 +2,7 @@
 
 mod chat;
 mod completion;
+mod form;
 
 use coordinator::Redacted;
 use serde::Deserialize;
@@ -61,6 +62,7 @@ struct Drawing {
     presence_penalty: Option<f32>,
     frequency_penalty: Option<f32>,
     seed: Option<i64>,
+    logit_bias: Vec<(u32, f32)>,
 }
 
 impl Drawing {
@@ -75,6 +77,7 @@ impl Drawing {
             frequency_penalty: self.frequency_penalty.unwrap_or(0.0),
             // The bits matter, not the sign.
             seed: self.seed.map(i64::cast_unsigned),
+            logit_bias: self.logit_bias,
         };
         sampling.validate()?;
         Ok(sampling)

@@ -1,5 +1,5 @@
 use coordinator::ids::TenantId;
-use worker::client::Prompt;
+use worker::client::{CallChoice, Calls, Format, Prompt};
 
 use super::chat::GROUNDED_TEMPERATURE;
 use super::completion::COMPLETION_TOKENS;
@@ -194,14 +194,31 @@ fn what_is_wrong_with_a_chat_is_named() {
         (many_stops, Some("stop"), "got 17"),
         (with(r#""stream":"yes""#), Some("stream"), "expected a boolean"),
         (with(r#""stream_options":{"include_usage":true}"#), Some("stream_options"), "stream=true"),
-        (with(r#""logprobs":true"#), Some("logprobs"), "expected false"),
-        (with(r#""logit_bias":{"50256":-100}"#), Some("logit_bias"), "no token biases"),
+        (with(r#""top_logprobs":3"#), Some("top_logprobs"), "logprobs=true"),
+        (with(r#""logprobs":true,"top_logprobs":21"#), Some("top_logprobs"), "0 to 20, got 21"),
+        (with(r#""logprobs":3"#), Some("logprobs"), "expected a boolean"),
+        (with(r#""logit_bias":{"50256":-101}"#), Some("logit_bias"), "from -100 to 100, got -101"),
+        (with(r#""logit_bias":{"Haus":1}"#), Some("logit_bias"), "token ids"),
+        (with(r#""logit_bias":{"-1":1}"#), Some("logit_bias"), "token ids"),
+        (with(r#""logit_bias":{"1":"x"}"#), Some("logit_bias"), "a number for token 1"),
+        (with(r#""logit_bias":{"1":1,"01":2}"#), Some("logit_bias"), "each token once"),
+        (with(r#""logit_bias":[1]"#), Some("logit_bias"), "an object"),
+        (with(&format!(r#""logit_bias":{{{}}}"#, (0..301).map(|i| format!("\"{i}\":1")).collect::<Vec<_>>().join(","))), Some("logit_bias"), "at most 300"),
         (with(r#""functions":[{"name":"f"}]"#), Some("functions"), "`tools`"),
-        (with(r#""response_format":{"type":"json_object"}"#), Some("response_format"), "\"text\""),
+        (with(r#""response_format":{"type":"xml"}"#), Some("response_format.type"), "\"json_schema\""),
+        (with(r#""response_format":"json""#), Some("response_format"), "an object"),
+        (with(r#""response_format":{"type":"json_schema"}"#), Some("response_format.json_schema.schema"), "a JSON schema"),
+        (with(r#""response_format":{"type":"regex"}"#), Some("response_format.pattern"), "a regular expression"),
         (with(r#""modalities":["audio"]"#), Some("modalities"), "text only"),
         (with(r#""tools":[{"type":"function"}]"#), Some("tools[0]"), "\"function\""),
         (many_tools, Some("tools"), "got 129"),
-        (with(r#""tool_choice":"required""#), Some("tool_choice"), "cannot be forced"),
+        (with(r#""tool_choice":"required""#), Some("tool_choice"), "needs `tools`"),
+        (with(r#""tool_choice":"immer""#), Some("tool_choice"), "\"auto\""),
+        (with(r#""tool_choice":{"type":"function"}"#), Some("tool_choice"), "\"auto\""),
+        (with(r#""tools":[{"function":{"name":"f"}}],"tool_choice":{"type":"function","function":{"name":"g"}}"#), Some("tool_choice"), "got \"g\"; they are: f"),
+        (with(r#""tools":[{"function":{"name":"f g"}}]"#), Some("tools[0].function.name"), "1 to 64"),
+        (with(r#""tools":[{"function":{"name":"f","parameters":[]}}]"#), Some("tools[0].function.parameters"), "an object"),
+        (with(r#""parallel_tool_calls":"ja""#), Some("parallel_tool_calls"), "expected a boolean"),
         (with(r#""collections":["a","b","c","d","e","f","g","h","i","j","k","l","m","n","o","p","q","r","s","t","u","v","w","x","y","z","1","2","3","4","5","6","7"]"#), Some("collections"), "got 33"),
     ];
     for (body, param, part) in cases {
@@ -233,6 +250,54 @@ fn no_tools_are_offered_when_the_choice_is_none() {
 }
 
 #[test]
+fn what_the_answer_must_keep_to_reaches_the_model() {
+    let asked = |more: &str| chat(&with(more)).unwrap().generations(&tenant()).remove(0);
+    let constraint = |more: &str| asked(more).constraint;
+    assert_eq!(constraint(r#""response_format":{"type":"text"}"#), None);
+    let format = |more: &str| constraint(more).unwrap().format.unwrap();
+    assert_eq!(
+        format(r#""response_format":{"type":"json_object"}"#),
+        Format::JsonObject
+    );
+    assert_eq!(
+        format(
+            r#""response_format":{"type":"json_schema","json_schema":{"name":"a","strict":true,"schema":{"type":"null"}}}"#
+        ),
+        Format::Schema {
+            schema: Redacted::new(r#"{"type":"null"}"#.into()),
+            param: "response_format.json_schema.schema".into()
+        }
+    );
+    assert_eq!(
+        format(r#""response_format":{"type":"regex","pattern":"a+"}"#),
+        Format::Regex {
+            pattern: Redacted::new("a+".into()),
+            param: "response_format.pattern".into()
+        }
+    );
+    let calls = |more: &str| {
+        let tools = r#""tools":[{"type":"function","function":{"name":"f"}}]"#;
+        constraint(&format!("{tools},{more}"))
+            .unwrap()
+            .calls
+            .unwrap()
+    };
+    let of = |choice, parallel| Calls { choice, parallel };
+    assert_eq!(calls(r#""tool_choice":"auto""#), of(CallChoice::Auto, true));
+    assert_eq!(
+        calls(r#""tool_choice":"required","parallel_tool_calls":false"#),
+        of(CallChoice::Required, false)
+    );
+    assert_eq!(
+        calls(r#""tool_choice":{"type":"function","function":{"name":"f"}}"#),
+        of(CallChoice::Named("f".into()), true)
+    );
+    let asked = asked(r#""logprobs":true,"top_logprobs":2,"logit_bias":{"7":-100,"3":1.5}"#);
+    assert_eq!(asked.logprobs, Some(2));
+    assert_eq!(asked.sampling.logit_bias, [(3, 1.5), (7, -100.0)]);
+}
+
+#[test]
 fn a_text_completion_takes_one_prompt_or_several() {
     let one = completion(r#"{"model":"m","prompt":"Es war"}"#).unwrap();
     let requests = one.generations(&tenant());
@@ -260,11 +325,15 @@ fn what_is_wrong_with_a_text_completion_is_named() {
         (r#"{"model":"m","prompt":[1,2,3]}"#, "prompt"),
         (r#"{"model":"m","prompt":[]}"#, "prompt"),
         (r#"{"model":"m","prompt":["a","b","c"],"n":3}"#, "prompt"),
-        (r#"{"model":"m","prompt":"a","logprobs":5}"#, "logprobs"),
+        (r#"{"model":"m","prompt":"a","logprobs":6}"#, "logprobs"),
+        (
+            r#"{"model":"m","prompt":"a","logprobs":1,"echo":true}"#,
+            "logprobs",
+        ),
         (r#"{"model":"m","prompt":"a","best_of":3}"#, "best_of"),
         (r#"{"model":"m","prompt":"a","suffix":"z"}"#, "suffix"),
         (
-            r#"{"model":"m","prompt":"a","logit_bias":{"1":1}}"#,
+            r#"{"model":"m","prompt":"a","logit_bias":{"1":-1e9}}"#,
             "logit_bias",
         ),
         (

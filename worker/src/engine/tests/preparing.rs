@@ -5,6 +5,7 @@ use coordinator::ids::TenantId;
 
 use super::{A, tokenizer, vocabulary};
 use crate::client::{GenerateRequest, InferError, Message, Prompt, Sampling};
+use crate::constrain::Constrainer;
 use crate::engine::{Prepared, prepare};
 use crate::text::{ChatTemplate, Tokenizer};
 
@@ -19,7 +20,18 @@ fn request(prompt: Prompt) -> GenerateRequest {
         sampling: Sampling::greedy(),
         stop: vec!["x".into()],
         echo: false,
+        constraint: None,
+        logprobs: None,
     }
+}
+
+fn made(
+    request: &GenerateRequest,
+    template: Option<&ChatTemplate>,
+) -> Result<Prepared, InferError> {
+    let tokenizer = tokenizer();
+    let constrainer = Constrainer::new(tokenizer.clone());
+    prepare(request, &tokenizer, template, &constrainer, NOW_MS)
 }
 
 fn text(text: &str) -> Prompt {
@@ -35,7 +47,7 @@ fn chat(messages: Vec<Message>, tools: Option<&str>) -> Prompt {
 
 fn with(template: &str, prompt: Prompt) -> Result<Prepared, InferError> {
     let template = ChatTemplate::new(template, "<s>", "</s>").unwrap();
-    prepare(&request(prompt), &tokenizer(), Some(&template), NOW_MS)
+    made(&request(prompt), Some(&template))
 }
 
 /// The parameter that an error names, and its reason.
@@ -48,7 +60,7 @@ fn refused(result: Result<Prepared, InferError>) -> (String, String) {
 
 #[test]
 fn a_text_begins_with_the_models_beginning_and_holds_no_control_token() {
-    let prepared = prepare(&request(text("ab")), &tokenizer(), None, NOW_MS).unwrap();
+    let prepared = made(&request(text("ab")), None).unwrap();
     assert_eq!(prepared.tokens, [1, A, A + 1]);
     assert_eq!(prepared.tenant.as_str(), "t1");
     assert_eq!(
@@ -56,9 +68,7 @@ fn a_text_begins_with_the_models_beginning_and_holds_no_control_token() {
         (Some(9), &["x".to_owned()][..])
     );
     assert!(prepared.echo.is_none());
-    let tokens = prepare(&request(text("</s><s>")), &tokenizer(), None, NOW_MS)
-        .unwrap()
-        .tokens;
+    let tokens = made(&request(text("</s><s>")), None).unwrap().tokens;
     assert_eq!(tokens[0], 1);
     assert!(
         !tokens[1..].contains(&1) && !tokens.contains(&2),
@@ -74,7 +84,7 @@ fn echo_is_for_texts_and_not_for_chats() {
     };
     let template = ChatTemplate::new("a", "", "").unwrap();
     let of = |prompt| {
-        prepare(&echoing(prompt), &tokenizer(), Some(&template), NOW_MS)
+        made(&echoing(prompt), Some(&template))
             .unwrap()
             .echo
             .map(Redacted::into_inner)
@@ -85,11 +95,7 @@ fn echo_is_for_texts_and_not_for_chats() {
 
 #[test]
 fn requests_without_a_seed_get_different_ones() {
-    let seed = || {
-        prepare(&request(text("a")), &tokenizer(), None, NOW_MS)
-            .unwrap()
-            .seed
-    };
+    let seed = || made(&request(text("a")), None).unwrap().seed;
     assert_ne!(seed(), seed());
 }
 
@@ -140,7 +146,7 @@ fn a_chat_is_rendered_by_the_template_with_what_the_message_has_and_no_more() {
 #[test]
 fn a_chat_without_a_template_says_where_else_to_go() {
     let prompt = chat(vec![Message::new("user", "b")], None);
-    let (param, why) = refused(prepare(&request(prompt), &tokenizer(), None, NOW_MS));
+    let (param, why) = refused(made(&request(prompt), None));
     assert_eq!(param, "messages");
     assert!(why.contains("/v1/completions"), "{why}");
 }
@@ -186,7 +192,7 @@ fn what_can_be_judged_without_a_model_is_judged_first() {
     let judged = |change: fn(&mut GenerateRequest)| {
         let mut request = request(text("a"));
         change(&mut request);
-        refused(prepare(&request, &tokenizer(), None, NOW_MS)).0
+        refused(made(&request, None)).0
     };
     assert_eq!(judged(|r| r.sampling.temperature = 2.5), "temperature");
     assert_eq!(judged(|r| r.sampling.top_p = f32::NAN), "top_p");
@@ -203,6 +209,49 @@ fn what_can_be_judged_without_a_model_is_judged_first() {
 #[test]
 fn a_tokenizer_that_has_no_end_still_makes_prompts() {
     let tokenizer = Tokenizer::from_vocabulary(&vocabulary(false)).unwrap();
-    let prepared = prepare(&request(text("a")), &tokenizer, None, NOW_MS).unwrap();
+    let prepared = prepare(
+        &request(text("a")),
+        &tokenizer,
+        None,
+        &Constrainer::new(self::tokenizer()),
+        NOW_MS,
+    )
+    .unwrap();
     assert_eq!(prepared.tokens, [1, A]);
+}
+
+#[test]
+fn several_calls_of_a_message_are_divided_for_a_template_that_takes_one() {
+    let call = |id: &str| format!(r#"{{"id":"{id}","function":{{"name":"f"}}}}"#);
+    let mut calling = Message::new("assistant", "b");
+    calling.tool_calls = Some(Redacted::new(format!("[{},{}]", call("x"), call("y"))));
+    let result = |id: &str, text: &str| Message {
+        tool_call_id: Some(id.into()),
+        ..Message::new("tool", text)
+    };
+    let messages = vec![
+        Message::new("user", "a"),
+        calling,
+        result("y", "q"),
+        result("x", "p"),
+        Message::new("user", "c"),
+    ];
+    let one = "{% for m in messages %}{% if m.tool_calls %}{% if m.tool_calls|length != 1 %}{{ raise_exception('one') }}{% endif %}\
+               {{ m.content }}{{ m.tool_calls[0].id }}{% else %}{{ m.content }}{% endif %}{% endfor %}";
+    let several = "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls %}{{ c.id }}{% endfor %}{% endfor %}";
+    let text = |template: &str| {
+        let tokens = with(template, chat(messages.clone(), None)).unwrap().tokens;
+        tokenizer().decode(&tokens)
+    };
+    assert_eq!(text(one), "abxpyqc");
+    assert_eq!(text(several), "abxyqpc", "left alone where it may stay");
+}
+
+#[test]
+fn a_bias_on_a_token_that_the_model_lacks_is_refused() {
+    let mut request = request(text("a"));
+    request.sampling.logit_bias = vec![(A, 1.0), (1_000_000, 1.0)];
+    let (param, why) = refused(made(&request, None));
+    assert_eq!(param, "logit_bias");
+    assert!(why.contains("1000000"), "{why}");
 }

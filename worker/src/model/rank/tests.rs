@@ -1,6 +1,6 @@
 use super::*;
 use crate::file::WeightSizes;
-use crate::model::Span;
+use crate::model::{Span, Want};
 use crate::plan::RankCapacity;
 
 fn config() -> ModelConfig {
@@ -48,6 +48,14 @@ fn good() -> StepBatch {
         ],
         logits_rows: vec![1, 2],
         full_logits: false,
+        wants: Vec::new(),
+    }
+}
+
+fn want(row: usize) -> Want {
+    Want {
+        row,
+        ..Want::default()
     }
 }
 
@@ -61,7 +69,7 @@ fn a_step_that_points_outside_the_model_or_its_cache_is_refused() {
     let plan = crate::plan::plan(&config, &memory, 64).unwrap();
     check(&good(), &config, &plan).unwrap();
     type Spoil = fn(&mut StepBatch);
-    let cases: [(&str, Spoil); 13] = [
+    let cases: [(&str, Spoil); 15] = [
         ("no rows", |b| *b = StepBatch::default()),
         ("a token beyond the vocabulary", |b| b.tokens[0] = 100),
         ("fewer positions than tokens", |b| b.positions.truncate(2)),
@@ -83,6 +91,8 @@ fn a_step_that_points_outside_the_model_or_its_cache_is_refused() {
         ("logits of a row that is not there", |b| {
             b.logits_rows = vec![3]
         }),
+        ("wants of a row without logits", |b| b.wants = vec![want(2)]),
+        ("wants out of order", |b| b.wants = vec![want(1), want(0)]),
     ];
     for (what, spoil) in cases {
         let mut batch = good();
