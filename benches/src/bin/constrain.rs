@@ -1,0 +1,208 @@
+//! What keeping to a form costs a token: the same engine with and without a constraint, turn by turn in one run.
+//!
+//! `cargo run --locked --workspace --bin constrain -- --model F --threads 2`
+//!
+//! The constrained answers are long enough to decode as many tokens as the free ones. The time is that between the first token
+//! and the last, so that neither prefill nor compilation is in it; compilation is told by itself.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use clap::Parser;
+use coordinator::Redacted;
+use coordinator::ids::TenantId;
+use kernels::{BLOCK_TOKENS, Cpu, Isa};
+use serde::Serialize;
+use serde_json::json;
+use worker::client::{Constraint, Event, Format, GenerateRequest, Prompt, Sampling};
+use worker::collective::Local;
+use worker::engine::{Engine, EngineConfig};
+use worker::file::ModelFile;
+use worker::model::RankModel;
+use worker::plan::ShardPlan;
+use worker::scheduler::Limits;
+
+const CONTEXT: usize = 1024;
+
+#[derive(Parser)]
+struct Options {
+    /// A GGUF file.
+    #[arg(long)]
+    model: PathBuf,
+    #[arg(long, default_value_t = 2)]
+    threads: usize,
+    /// Tokens of each answer.
+    #[arg(short = 'n', long, default_value_t = 200)]
+    tokens: u32,
+    /// Turns of each kind.
+    #[arg(long, default_value_t = 7)]
+    turns: usize,
+}
+
+#[derive(Serialize)]
+struct Report {
+    vocabulary_tokens: usize,
+    vocabulary_ms: f64,
+    free_ms_per_token: f64,
+    kinds: Vec<Kind>,
+}
+
+#[derive(Serialize)]
+struct Kind {
+    name: &'static str,
+    compile_ms: f64,
+    ms_per_token: f64,
+    /// Over the free answers of the same turns, in percent: the median of the turns.
+    overhead_percent: f64,
+}
+
+/// Forms that no answer of a few hundred tokens completes.
+fn kinds() -> Vec<(&'static str, Format)> {
+    let schema = |schema: serde_json::Value| Format::Schema {
+        schema: Redacted::new(schema.to_string()),
+        param: "schema".into(),
+    };
+    let text = json!({"type": "string", "minLength": 5000});
+    let record = json!({
+        "type": "object", "additionalProperties": false,
+        "properties": {
+            "aktenzeichen": {"type": "string", "pattern": "^[A-Z]{2}-[0-9]{1,6}$"},
+            "art": {"enum": ["Antrag", "Beschwerde", "Auskunft"]},
+            "frist": {"anyOf": [{"type": "null"}, {"type": "string", "format": "date"}]},
+            "betreff": {"type": "string", "maxLength": 60},
+            "gebuehr": {"type": "number", "minimum": 0, "maximum": 1000}
+        },
+        "required": ["aktenzeichen", "art", "frist", "betreff", "gebuehr"]
+    });
+    let records = json!({"type": "array", "items": record, "minItems": 100});
+    let pattern = Redacted::new("([a-zäöüß]{1,12} ){1000}".to_owned());
+    vec![
+        ("long text in JSON", schema(text)),
+        ("records", schema(records)),
+        (
+            "regular expression",
+            Format::Regex {
+                pattern,
+                param: "pattern".into(),
+            },
+        ),
+    ]
+}
+
+fn main() -> Result<()> {
+    let options = Options::parse();
+    let file = ModelFile::open(&options.model)?;
+    let plan = ShardPlan::whole(&file.config()?, CONTEXT)?;
+    let device = Cpu::new(options.threads, Isa::detect());
+    let rank = RankModel::load(&file, &plan, Box::new(Local::default()), device)?;
+    let tokenizer = Arc::new(worker::text::load(&file)?.tokenizer);
+    let vocabulary_tokens = tokenizer.vocab_size();
+    let limits = Limits {
+        max_sequences: 1,
+        max_waiting: 8,
+        step_rows: 256,
+        context_tokens: CONTEXT,
+        blocks: CONTEXT / BLOCK_TOKENS,
+    };
+    let config = EngineConfig {
+        model: "bench".into(),
+        limits,
+    };
+    let engine = Engine::start(rank, tokenizer, None, config)?;
+    let started = Instant::now();
+    engine.constrainer().warm();
+    let vocabulary_ms = millis(started);
+
+    let mut report = Report {
+        vocabulary_tokens,
+        vocabulary_ms,
+        free_ms_per_token: 0.0,
+        kinds: Vec::new(),
+    };
+    let mut free_times = Vec::new();
+    for (name, format) in kinds() {
+        let request = request(Some(format), options.tokens);
+        let started = Instant::now();
+        // Cancelled at once; the grammar is kept.
+        drop(engine.generate(&request)?);
+        let compile_ms = millis(started);
+        let free = self::request(None, options.tokens);
+        let (mut times, mut overheads) = (Vec::new(), Vec::new());
+        for turn in 0..options.turns {
+            // Who goes first changes, so that a machine that warms up or slows down favours nobody.
+            let (held_ms, free_ms) = if turn % 2 == 0 {
+                let held = ms_per_token(&engine, &request)?;
+                (held, ms_per_token(&engine, &free)?)
+            } else {
+                let free = ms_per_token(&engine, &free)?;
+                (ms_per_token(&engine, &request)?, free)
+            };
+            times.push(held_ms);
+            free_times.push(free_ms);
+            overheads.push((held_ms / free_ms - 1.0) * 100.0);
+        }
+        report.kinds.push(Kind {
+            name,
+            compile_ms,
+            ms_per_token: median(&mut times),
+            overhead_percent: median(&mut overheads),
+        });
+    }
+    report.free_ms_per_token = median(&mut free_times);
+    println!("{}", serde_json::to_string_pretty(&report)?);
+    Ok(())
+}
+
+fn request(format: Option<Format>, tokens: u32) -> GenerateRequest {
+    GenerateRequest {
+        tenant: TenantId::new("bench").unwrap_or_else(|_| unreachable!("a tenant's id")),
+        model: "bench".into(),
+        prompt: Prompt::Text(Redacted::new(
+            "Die Stadt beschließt folgende Satzung:".into(),
+        )),
+        max_tokens: Some(tokens),
+        sampling: Sampling::greedy(),
+        stop: Vec::new(),
+        echo: false,
+        constraint: format.map(|format| Constraint {
+            format: Some(format),
+            calls: None,
+        }),
+        logprobs: None,
+    }
+}
+
+/// Milliseconds a token between the first and the last.
+fn ms_per_token(engine: &Engine, request: &GenerateRequest) -> Result<f64> {
+    let mut events = engine.generate(request)?;
+    let mut first = None;
+    let mut last = Instant::now();
+    let mut count = 0;
+    while let Some(event) = events.blocking_recv() {
+        if let Event::Text { tokens, .. } = event?
+            && !tokens.is_empty()
+        {
+            last = Instant::now();
+            first.get_or_insert(last);
+            count += tokens.len();
+        }
+    }
+    let wanted = request.max_tokens.unwrap_or_default() as usize;
+    ensure!(
+        count == wanted,
+        "an answer ended after {count} tokens, expected {wanted}"
+    );
+    let first = first.context("no token came")?;
+    Ok(last.duration_since(first).as_secs_f64() * 1000.0 / (count - 1) as f64)
+}
+
+fn millis(started: Instant) -> f64 {
+    started.elapsed().as_secs_f64() * 1000.0
+}
+
+fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
