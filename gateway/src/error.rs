@@ -244,6 +244,9 @@ impl From<InferError> for ApiError {
             InferError::NotReady { .. } => Self::unavailable("model_not_ready", message),
             InferError::Interrupted { .. } => Self::unavailable("interrupted", message),
             InferError::Overloaded { retry_after_s } => Self::overloaded(message, retry_after_s),
+            InferError::TimedOut { .. } => {
+                Self::new(StatusCode::GATEWAY_TIMEOUT, "timeout", message)
+            }
             InferError::Invalid { param, .. } => Self::invalid(param, message),
             InferError::Internal { .. } => Self::internal(message),
         }
@@ -315,6 +318,7 @@ mod tests {
                 "rate_limit_exceeded",
                 None,
             ),
+            (InferError::TimedOut { timeout_ms: 9 }, 504, "timeout", None),
             (
                 InferError::Invalid {
                     param: "stop".into(),

@@ -10,7 +10,7 @@ use kernels::{BLOCK_TOKENS, Cpu, Device, Isa};
 use serde::{Deserialize, Serialize};
 
 use crate::file::{ModelConfig, ModelFile};
-use crate::kv::{BlockAllocator, BlockTable};
+use crate::kv::BlockTable;
 use crate::model::{self, RankModel, Span, StepBatch};
 use crate::plan::{RankCapacity, plan};
 
@@ -393,16 +393,10 @@ struct Sequence {
 
 impl Sequence {
     fn new(blocks: usize, first: usize, positions: usize) -> Self {
-        let mut allocator = BlockAllocator::new(first + blocks);
-        for _ in 0..first {
-            allocator.take();
-        }
-        let mut table = BlockTable::default();
-        // The caller sized the cache for this.
-        let reserved = table.reserve(positions, &mut allocator);
-        debug_assert!(reserved.is_ok());
+        let needed = BlockTable::blocks_for(positions);
+        debug_assert!(needed <= blocks, "the caller sized the cache for this");
         Sequence {
-            blocks: table.ids(),
+            blocks: (first as u32..).take(needed).collect(),
             length: 0,
         }
     }

@@ -105,6 +105,7 @@ fn main() -> Result<()> {
         step_rows: 256,
         context_tokens: CONTEXT,
         blocks: CONTEXT / BLOCK_TOKENS,
+        ..Limits::default()
     };
     let config = EngineConfig {
         model: "bench".into(),
@@ -166,6 +167,8 @@ fn request(format: Option<Format>, tokens: u32) -> GenerateRequest {
         sampling: Sampling::greedy(),
         stop: Vec::new(),
         echo: false,
+        priority: Default::default(),
+        timeout_ms: None,
         constraint: format.map(|format| Constraint {
             format: Some(format),
             calls: None,

@@ -132,6 +132,7 @@ impl Answer {
                 reason,
                 prompt_tokens,
                 completion_tokens,
+                ..
             } => {
                 choice.prompt_tokens = u64::from(prompt_tokens);
                 choice.completion_tokens = u64::from(completion_tokens);

@@ -14,6 +14,7 @@ fn finished(reason: FinishReason, prompt_tokens: u32, completion_tokens: u32) ->
     Event::Finished {
         reason,
         prompt_tokens,
+        cached_tokens: 0,
         completion_tokens,
     }
 }

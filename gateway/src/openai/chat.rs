@@ -117,6 +117,7 @@ fn nothing_found(mut answer: Answer, choices: usize, stream: bool) -> Result<Res
         let finished = Event::Finished {
             reason: FinishReason::Stop,
             prompt_tokens: 0,
+            cached_tokens: 0,
             completion_tokens: 0,
         };
         chunks.extend(answer.take(index, finished)?);

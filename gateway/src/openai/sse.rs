@@ -151,6 +151,7 @@ mod tests {
         Ok(Event::Finished {
             reason: FinishReason::Stop,
             prompt_tokens: 3,
+            cached_tokens: 0,
             completion_tokens: 1,
         })
     }

@@ -220,6 +220,16 @@ pub enum CallChoice {
     Named(String),
 }
 
+/// How urgent a generation is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Class {
+    /// Somebody waits for it.
+    #[default]
+    Interactive,
+    /// Takes what interactive requests leave, and a small share beside them.
+    Background,
+}
+
 /// One generation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct GenerateRequest {
@@ -237,6 +247,9 @@ pub struct GenerateRequest {
     pub constraint: Option<Constraint>,
     /// The probability of each token with those of so many others; at most [`MAX_TOP_LOGPROBS`].
     pub logprobs: Option<u8>,
+    pub priority: Class,
+    /// The answer must be whole so long after the engine took the request; without it, whenever it is done.
+    pub timeout_ms: Option<u32>,
 }
 
 impl GenerateRequest {
@@ -326,6 +339,8 @@ pub enum Event {
     Finished {
         reason: FinishReason,
         prompt_tokens: u32,
+        /// Of the prompt, those that were found computed.
+        cached_tokens: u32,
         completion_tokens: u32,
     },
 }
@@ -396,6 +411,11 @@ pub enum InferError {
     Interrupted { why: String },
     #[error("the model has no room for another request; try again in {retry_after_s} s")]
     Overloaded { retry_after_s: u32 },
+    /// The time that the request itself allowed is over.
+    #[error(
+        "the answer was not whole within the {timeout_ms} ms that the request allowed; allow more time or ask for fewer tokens"
+    )]
+    TimedOut { timeout_ms: u32 },
     #[error("{param}: {why}")]
     Invalid { param: String, why: String },
     #[error("internal error in the worker: {why}")]

@@ -7,7 +7,7 @@ use prometheus::{
     register_int_counter_vec, register_int_gauge_vec,
 };
 
-/// All families, with the label `model` and, where there is one, a fixed second label.
+/// All families, with the label `model` and, where there is one, a fixed second label; one with `tenant`.
 pub struct Metrics {
     pub step_seconds: HistogramVec,
     pub step_rows: HistogramVec,
@@ -15,6 +15,9 @@ pub struct Metrics {
     pub sequences: IntGaugeVec,
     pub kv_blocks: IntGaugeVec,
     pub preemptions: IntCounterVec,
+    pub evictions: IntCounterVec,
+    pub tenant_tokens: IntCounterVec,
+    pub queue_seconds: HistogramVec,
     pub requests: IntCounterVec,
 }
 
@@ -59,15 +62,39 @@ fn register() -> prometheus::Result<Metrics> {
         kv_blocks: register_int_gauge_vec!(
             Opts::new(
                 "verbund_engine_kv_blocks",
-                "KV cache blocks, used and total."
+                "KV cache blocks: used by sequences, cached for later ones, total."
             ),
             &["model", "state"]
         )?,
         preemptions: register_int_counter_vec!(
             Opts::new(
                 "verbund_engine_preemptions_total",
-                "Sequences that gave their KV blocks back to an older one."
+                "Sequences that gave their KV blocks back to another one."
             ),
+            &["model"]
+        )?,
+        evictions: register_int_counter_vec!(
+            Opts::new(
+                "verbund_engine_evictions_total",
+                "Cached KV blocks that were taken for something else."
+            ),
+            &["model"]
+        )?,
+        tenant_tokens: register_int_counter_vec!(
+            Opts::new(
+                "verbund_engine_tenant_tokens_total",
+                "Tokens a tenant was served: of prompts computed or found cached, of answers."
+            ),
+            &["model", "tenant", "kind"]
+        )?,
+        queue_seconds: register_histogram_vec!(
+            HistogramOpts::new(
+                "verbund_engine_queue_seconds",
+                "Time that a request waited for its place."
+            )
+            .buckets(vec![
+                0.01, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0
+            ]),
             &["model"]
         )?,
         requests: register_int_counter_vec!(

@@ -25,8 +25,8 @@ pub use metrics::METRICS;
 pub use prepare::{Prepared, prepare};
 
 /// Requests between the callers and the engine's thread; it empties them at every step.
-const INBOX: usize = 256;
-/// What a client that found the engine full is told to wait.
+const INBOX: usize = 1024;
+/// What a client that found the inbox full is told to wait: it is emptied at every step.
 const RETRY_AFTER_S: u32 = 2;
 
 /// What the engine needs of a group of ranks; [`RankModel`] is it.

@@ -5,7 +5,7 @@ use coordinator::ids::TenantId;
 use rand::Rng;
 use serde_json::{Map, Value};
 
-use crate::client::{GenerateRequest, InferError, Message, Prompt, Sampling};
+use crate::client::{Class, GenerateRequest, InferError, Message, Prompt, Sampling};
 use crate::constrain::{Constrainer, Matcher};
 use crate::text::{self, CallForm, ChatInput, ChatTemplate, Tokenizer};
 
@@ -25,6 +25,9 @@ pub struct Prepared {
     pub matcher: Option<Matcher>,
     /// The probabilities of each token with those of so many others.
     pub logprobs: Option<u8>,
+    pub class: Class,
+    /// Allowed from when the engine takes the request.
+    pub timeout_ms: Option<u32>,
 }
 
 /// Checks a request, renders and tokenises its prompt, compiles what its answer must keep to. Takes about a second for the
@@ -88,6 +91,8 @@ pub fn prepare(
         echo,
         matcher,
         logprobs: request.logprobs,
+        class: request.priority,
+        timeout_ms: request.timeout_ms,
     })
 }
 

@@ -6,16 +6,16 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::Duration;
 
 use coordinator::Redacted;
-use coordinator::clock::monotonic;
+use coordinator::clock::{Instant, monotonic};
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::draw::{draw, logprob, wants};
-use super::{Drafter, EngineConfig, METRICS, Prepared, RETRY_AFTER_S, Shared, Stepper, Ticket};
+use super::{Drafter, EngineConfig, METRICS, Prepared, Shared, Stepper, Ticket};
 use crate::client::{Event, FinishReason, InferError};
 use crate::constrain::{Exceeded, Matcher};
 use crate::model::{self, Candidates};
 use crate::sampling::Sampler;
-use crate::scheduler::{Planned, Refused, Sample, Scheduler, SequenceId};
+use crate::scheduler::{Planned, Refused, Request, Sample, Scheduler, SequenceId};
 use crate::text::{Detokenizer, StopMatcher, StopOutcome, Tokenizer};
 
 /// How often an idle engine makes sure that its followers live, and looks whether its handle is gone.
@@ -37,7 +37,9 @@ struct Generation {
     matcher: Option<Matcher>,
     logprobs: Option<u8>,
     prompt_tokens: u32,
+    cached_tokens: u32,
     completion_tokens: u32,
+    timeout_ms: Option<u32>,
     /// Tokens after which the answer ends.
     max_tokens: u32,
     _ticket: Ticket,
@@ -52,7 +54,16 @@ struct EngineLoop<S> {
     next_id: u64,
     model: String,
     shared: Arc<Shared>,
-    preemptions_told: u64,
+    /// The scheduler's time begins here.
+    began: Instant,
+    told: Told,
+}
+
+/// What the counters were told so far.
+#[derive(Default)]
+struct Told {
+    preemptions: u64,
+    evictions: u64,
 }
 
 /// Serves until the handle is dropped or the group breaks.
@@ -74,7 +85,8 @@ pub(super) fn run<S: Stepper>(
         next_id: 0,
         model: config.model,
         shared,
-        preemptions_told: 0,
+        began: monotonic(),
+        told: Told::default(),
     };
     let why = engine.serve(&submissions);
     engine.shared.set_broken(why.clone());
@@ -104,9 +116,7 @@ fn refusal(refused: Refused) -> InferError {
     match refused {
         Refused::TooLong { tokens, context } => InferError::PromptTooLong { tokens, context },
         Refused::Empty => InferError::invalid("prompt", "must not be empty".into()),
-        Refused::Full => InferError::Overloaded {
-            retry_after_s: RETRY_AFTER_S,
-        },
+        Refused::Full { retry_after_s } => InferError::Overloaded { retry_after_s },
     }
 }
 
@@ -134,8 +144,9 @@ impl<S: Stepper> EngineLoop<S> {
                 }
             }
             self.drop_cancelled();
+            self.drop_expired();
             self.draft();
-            if let Some(planned) = self.scheduler.plan()
+            if let Some(planned) = self.scheduler.plan(self.now_ms())
                 && let Err(why) = self.step(planned)
             {
                 return why;
@@ -163,7 +174,9 @@ impl<S: Stepper> EngineLoop<S> {
             matcher: prepared.matcher,
             logprobs: prepared.logprobs,
             prompt_tokens: prompt_tokens as u32,
+            cached_tokens: 0,
             completion_tokens: 0,
+            timeout_ms: prepared.timeout_ms,
             max_tokens: prepared
                 .max_tokens
                 .unwrap_or(u32::MAX)
@@ -174,7 +187,14 @@ impl<S: Stepper> EngineLoop<S> {
         if let Some(drafter) = &mut self.drafter {
             drafter.begin(id, &prepared.tokens);
         }
-        match self.scheduler.submit(id, prepared.tenant, prepared.tokens) {
+        let now_ms = self.now_ms();
+        let request = Request {
+            tenant: prepared.tenant,
+            class: prepared.class,
+            tokens: prepared.tokens,
+            deadline_ms: prepared.timeout_ms.map(|t| now_ms + u64::from(t)),
+        };
+        match self.scheduler.submit(id, request, now_ms) {
             Ok(()) => {
                 let _ = generation.events.send(Ok(Event::Started {
                     prompt_tokens: prompt_tokens as u32,
@@ -224,9 +244,34 @@ impl<S: Stepper> EngineLoop<S> {
         }
     }
 
+    /// Ends whatever took longer than its request allowed.
+    fn drop_expired(&mut self) {
+        for id in self.scheduler.expired(self.now_ms()) {
+            if let Some(generation) = self.take(id) {
+                let timeout_ms = generation.timeout_ms.unwrap_or_default();
+                self.fail(generation, InferError::TimedOut { timeout_ms });
+            }
+        }
+    }
+
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
     /// `Err` when the group is broken.
     fn step(&mut self, mut planned: Planned) -> Result<(), String> {
         self.want(&mut planned);
+        for admitted in &planned.admitted {
+            if let Some(generation) = self.generations.get_mut(&admitted.id) {
+                generation.cached_tokens = admitted.cached_tokens as u32;
+            }
+            if let Some(metrics) = METRICS.as_ref() {
+                metrics
+                    .queue_seconds
+                    .with_label_values(&[self.model.as_str()])
+                    .observe(admitted.waited_ms as f64 / 1000.0);
+            }
+        }
         let started = monotonic();
         let result = self.stepper.step(&planned.batch);
         if let Some(metrics) = METRICS.as_ref() {
@@ -239,18 +284,14 @@ impl<S: Stepper> EngineLoop<S> {
                 .step_rows
                 .with_label_values(&model)
                 .observe(planned.batch.tokens.len() as f64);
-            let prompt_rows = planned
-                .batch
-                .tokens
-                .len()
-                .saturating_sub(planned.batch.logits_rows.len());
             metrics
                 .tokens
                 .with_label_values(&[self.model.as_str(), "prompt"])
-                .inc_by(prompt_rows as u64);
+                .inc_by(planned.prompt_rows as u64);
         }
         match result {
             Ok(candidates) if candidates.len() == planned.batch.logits_rows.len() => {
+                self.scheduler.done();
                 let mut rest = candidates.as_slice();
                 for sample in &planned.samples {
                     let (rows, others) = rest.split_at(sample.rows());
@@ -421,11 +462,11 @@ impl<S: Stepper> EngineLoop<S> {
                 logprobs: Vec::new(),
             }));
         }
-        let (prompt_tokens, completion_tokens) =
-            (generation.prompt_tokens, generation.completion_tokens);
+        let completion_tokens = generation.completion_tokens;
         let _ = generation.events.send(Ok(Event::Finished {
             reason,
-            prompt_tokens,
+            prompt_tokens: generation.prompt_tokens,
+            cached_tokens: generation.cached_tokens,
             completion_tokens,
         }));
         let code = match reason {
@@ -440,6 +481,7 @@ impl<S: Stepper> EngineLoop<S> {
         let code = match &error {
             InferError::PromptTooLong { .. } | InferError::Invalid { .. } => "invalid",
             InferError::Overloaded { .. } => "overloaded",
+            InferError::TimedOut { .. } => "timeout",
             InferError::Interrupted { .. } => "interrupted",
             _ => "internal",
         };
@@ -473,12 +515,31 @@ impl<S: Stepper> EngineLoop<S> {
         set(&metrics.sequences, "running", self.scheduler.running());
         set(&metrics.sequences, "waiting", self.scheduler.waiting());
         set(&metrics.kv_blocks, "used", self.scheduler.used_blocks());
+        set(&metrics.kv_blocks, "cached", self.scheduler.cached_blocks());
         set(&metrics.kv_blocks, "total", self.scheduler.total_blocks());
         let preemptions = self.scheduler.preemptions();
         metrics
             .preemptions
             .with_label_values(&[self.model.as_str()])
-            .inc_by(preemptions - self.preemptions_told);
-        self.preemptions_told = preemptions;
+            .inc_by(preemptions - self.told.preemptions);
+        self.told.preemptions = preemptions;
+        let evictions = self.scheduler.evictions();
+        metrics
+            .evictions
+            .with_label_values(&[self.model.as_str()])
+            .inc_by(evictions - self.told.evictions);
+        self.told.evictions = evictions;
+        for (tenant, served) in self.scheduler.take_served() {
+            for (kind, tokens) in [
+                ("prompt", served.prompt),
+                ("cached", served.cached),
+                ("completion", served.answer),
+            ] {
+                metrics
+                    .tenant_tokens
+                    .with_label_values(&[self.model.as_str(), tenant.as_str(), kind])
+                    .inc_by(tokens);
+            }
+        }
     }
 }

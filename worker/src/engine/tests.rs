@@ -4,6 +4,8 @@ mod constrained;
 mod drafting;
 mod failing;
 mod preparing;
+mod schedules;
+mod serving;
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
@@ -13,7 +15,7 @@ use coordinator::ids::TenantId;
 use kernels::{BLOCK_TOKENS, Cpu, Isa};
 
 use super::*;
-use crate::client::{FinishReason, Prompt, Sampling};
+use crate::client::{Class, FinishReason, Prompt, Sampling};
 use crate::collective::{self, Local};
 use crate::file::ModelFile;
 use crate::plan::ShardPlan;
@@ -66,6 +68,7 @@ fn limits() -> Limits {
         step_rows: 64,
         context_tokens: 128,
         blocks: 16,
+        ..Limits::default()
     }
 }
 
@@ -84,6 +87,8 @@ fn prepared(tokens: Vec<u32>) -> Prepared {
         echo: None,
         matcher: None,
         logprobs: None,
+        class: Class::Interactive,
+        timeout_ms: None,
     }
 }
 
@@ -237,8 +242,10 @@ fn read(mut stream: Stream) -> Outcome {
                 Ok(Event::Finished {
                     reason,
                     prompt_tokens,
+                    cached_tokens,
                     completion_tokens,
                 }) => {
+                    assert!(cached_tokens < prompt_tokens);
                     assert_eq!(started, Some(prompt_tokens));
                     end = Some(Ok((reason, prompt_tokens, completion_tokens)));
                 }
@@ -463,6 +470,8 @@ fn echo_sends_the_prompts_text_before_the_answer() {
         echo,
         constraint: None,
         logprobs: None,
+        priority: Class::Interactive,
+        timeout_ms: None,
     };
     let outcome = read(engine.generate(&request(true)).unwrap());
     assert_eq!(outcome.text, "ab czz");
@@ -481,17 +490,16 @@ fn a_dropped_receiver_frees_its_blocks() {
     let engine = start(ranks, limits);
     let gone = engine.submit(prepared(prompt(2 * BLOCK_TOKENS))).unwrap();
     gate.step();
-    // Needs all four blocks, so it can run only when the first has given its own back.
-    let next = engine
-        .submit(prepared(prompt(3 * BLOCK_TOKENS + 1)))
-        .unwrap();
+    let other: Vec<u32> = prompt(3 * BLOCK_TOKENS + 2)[1..].to_vec();
+    // Has nothing in common with the first. Needs all four blocks, so it can run only when the first has given its own back.
+    let next = engine.submit(prepared(other.clone())).unwrap();
     gate.answer(&[A]);
     let step = gate.step();
     assert_eq!(step.tokens, [A], "the second waits");
     drop(gone);
     gate.answer(&[A]);
     let step = gate.step();
-    assert_eq!(step.tokens, prompt(3 * BLOCK_TOKENS + 1));
+    assert_eq!(step.tokens, other);
     assert_eq!(step.spans[0].blocks.len(), 4);
     assert_eq!(engine.active(), 1);
     gate.answer(&[END]);
@@ -540,8 +548,7 @@ fn more_requests_than_may_wait_are_told_to_come_later() {
     let waits = engine.submit(prepared(prompt(2))).unwrap();
     let refused = engine.submit(prepared(prompt(2))).unwrap();
     gate.answer(&[A]);
-    let retry_after_s = RETRY_AFTER_S;
-    let overloaded = InferError::Overloaded { retry_after_s };
+    let overloaded = InferError::Overloaded { retry_after_s: 1 };
     assert_eq!(read(refused).end, Err(overloaded));
     gate.step();
     gate.answer(&[END]);

@@ -1,45 +1,46 @@
 //! Which sequences are in the next step. Pure: no clock, no thread, no model; the same events give the same steps.
 //!
-//! Every step takes first one row of each sequence in decode, then chunks of prompts in order of arrival, then admits
-//! waiting sequences as long as rows and KV blocks last. When a decoding sequence finds no free block, the youngest
-//! running one gives its blocks back and waits to be computed again. What tokens mean, and when an answer ends, is the
-//! engine's business.
+//! Every step takes first one row of each sequence in decode ([`plan`]), then pieces of prompts, always of the tenant that got
+//! least ([`fair`]); within a tenant the prompt that is soonest done goes first, and every fourth piece goes to the oldest, so
+//! that a short one does not wait for a long one nor a long one for ever. (Of equal prompts the first goes first: taking turns
+//! would end none earlier and most later.) Waiting sequences are admitted by the same counters as long as places and KV blocks
+//! last. When they do not last, who has more than his share gives way ([`room`]): a sequence gives its blocks back, which stay
+//! in the cache until somebody needs them, and waits. What tokens mean, and when an answer ends, is the engine's business.
 
-use std::collections::BTreeMap;
+mod fair;
+mod limits;
+mod plan;
+mod room;
+mod tenants;
+
+use std::collections::{BTreeMap, BTreeSet};
 
 use coordinator::ids::TenantId;
 
-use crate::kv::{BLOCK_TOKENS, BlockAllocator, BlockTable};
-use crate::model::{MAX_STEP_ROWS, Span, StepBatch};
+use self::fair::{ANSWER_COST, Fair, FlowId};
+use self::limits::Pace;
+use self::tenants::Tenants;
+use crate::client::Class;
+use crate::kv::{BLOCK_TOKENS, BlockTable, Blocks};
+use crate::model::StepBatch;
+
+pub use fair::bound;
+pub use limits::{Limits, Refused};
+pub use tenants::Served;
 
 /// A sequence in one engine; never used twice. Grows with arrival.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SequenceId(pub u64);
 
-/// What a scheduler may use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
-    /// Sequences that run at once; each decodes one row a step.
-    pub max_sequences: usize,
-    /// Sequences that may wait; beyond, submitting fails.
-    pub max_waiting: usize,
-    /// Rows of one step: bounds how long decoding sequences wait for somebody's prompt.
-    pub step_rows: usize,
-    /// Longest sequence, prompt and answer together.
-    pub context_tokens: usize,
-    /// KV blocks in all.
-    pub blocks: usize,
-}
-
-/// Why a sequence was not taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Refused {
-    /// The prompt leaves no room for an answer within `context` tokens.
-    TooLong { tokens: usize, context: usize },
-    /// No token to begin with.
-    Empty,
-    /// As many are waiting as may.
-    Full,
+/// A sequence to be computed.
+#[derive(Debug, Clone)]
+pub struct Request {
+    pub tenant: TenantId,
+    pub class: Class,
+    /// The prompt.
+    pub tokens: Vec<u32>,
+    /// When [`Scheduler::expired`] begins to name it, on the clock of the caller.
+    pub deadline_ms: Option<u64>,
 }
 
 /// A sequence that wants tokens of a step.
@@ -58,6 +59,16 @@ impl Sample {
     }
 }
 
+/// A sequence that got its place, once for each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Admitted {
+    pub id: SequenceId,
+    /// Since it was submitted.
+    pub waited_ms: u64,
+    /// Tokens of its prompt that need not be computed.
+    pub cached_tokens: usize,
+}
+
 /// A step to take.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Planned {
@@ -66,24 +77,44 @@ pub struct Planned {
     pub samples: Vec<Sample>,
     /// For each of the batch's `spans`: whose rows these are.
     pub owners: Vec<SequenceId>,
+    /// Rows that are prompt, the last one of each included.
+    pub prompt_rows: usize,
+    /// Who was admitted since the last step.
+    pub admitted: Vec<Admitted>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Waiting,
+    /// Has a place; more than a last token, or everything after a return, is left to compute.
+    Computing,
+    /// Each step computes its last token.
+    Decoding,
 }
 
 #[derive(Debug)]
 struct Sequence {
-    tenant: TenantId,
+    flow: FlowId,
+    phase: Phase,
     tokens: Vec<u32>,
-    /// Tokens whose keys and values are in the cache.
+    /// Tokens whose keys and values are in the cache once the steps given out are taken.
     computed: usize,
+    /// Of these, in the cache for certain.
+    stored: usize,
+    /// Tokens that were paid for: computing them again after giving way is not.
+    paid: usize,
     table: BlockTable,
     /// Offered for the next step, or verified by the one under way.
     drafts: Vec<u32>,
-    preempted: bool,
+    submitted_ms: u64,
+    deadline_ms: Option<u64>,
+    admitted_before: bool,
 }
 
 impl Sequence {
-    /// Whether only the last token is left to compute.
-    fn decodes(&self) -> bool {
-        self.tokens.len() - self.computed == 1
+    /// Tokens to compute that have to be paid for yet.
+    fn unpaid(&self) -> usize {
+        self.tokens.len() - self.computed.max(self.paid)
     }
 }
 
@@ -91,27 +122,39 @@ impl Sequence {
 #[derive(Debug)]
 pub struct Scheduler {
     limits: Limits,
-    allocator: BlockAllocator,
-    /// In order of arrival.
-    running: BTreeMap<SequenceId, Sequence>,
-    waiting: BTreeMap<SequenceId, Sequence>,
+    blocks: Blocks,
+    tenants: Tenants,
+    sequences: BTreeMap<SequenceId, Sequence>,
+    running: BTreeSet<SequenceId>,
+    deadlines: BTreeSet<(u64, SequenceId)>,
+    /// In the step that was given out last.
+    in_step: Vec<SequenceId>,
+    admitted: Vec<Admitted>,
+    pace: Pace,
+    now_ms: u64,
+    /// Steps planned: whose turn it is where not all can have one.
+    turn: usize,
     preemptions: u64,
 }
 
 impl Scheduler {
     /// Limits that contradict are narrowed: at least one sequence runs, and every running one fits into a step.
     pub fn new(limits: Limits) -> Self {
-        let step_rows = limits.step_rows.clamp(1, MAX_STEP_ROWS);
-        let max_sequences = limits.max_sequences.clamp(1, step_rows);
+        let limits = limits.narrowed();
+        let cache_tokens = limits.blocks.saturating_mul(BLOCK_TOKENS);
+        let fair = Fair::new(limits.context_tokens.min(cache_tokens), cache_tokens);
         Self {
-            limits: Limits {
-                step_rows,
-                max_sequences,
-                ..limits
-            },
-            allocator: BlockAllocator::new(limits.blocks),
-            running: BTreeMap::new(),
-            waiting: BTreeMap::new(),
+            limits,
+            blocks: Blocks::new(limits.blocks),
+            tenants: Tenants::new(fair, limits.tenant_running),
+            sequences: BTreeMap::new(),
+            running: BTreeSet::new(),
+            deadlines: BTreeSet::new(),
+            in_step: Vec::new(),
+            admitted: Vec::new(),
+            pace: Pace::default(),
+            now_ms: 0,
+            turn: 0,
             preemptions: 0,
         }
     }
@@ -123,16 +166,24 @@ impl Scheduler {
             .min(self.limits.blocks.saturating_mul(BLOCK_TOKENS))
     }
 
+    /// Gives a tenant another share than the 1 that everybody begins with.
+    pub fn set_weight(&mut self, tenant: &TenantId, weight: u32) {
+        let number = self.tenants.number(tenant, &mut self.blocks);
+        self.tenants.set_weight(number, weight, &mut self.blocks);
+    }
+
     /// Queues a sequence. Ids must grow from call to call.
     ///
     /// # Errors
     /// See [`Refused`]; nothing is queued then.
-    pub fn submit(
-        &mut self,
-        id: SequenceId,
-        tenant: TenantId,
-        tokens: Vec<u32>,
-    ) -> Result<(), Refused> {
+    pub fn submit(&mut self, id: SequenceId, request: Request, now_ms: u64) -> Result<(), Refused> {
+        self.now_ms = self.now_ms.max(now_ms);
+        let Request {
+            tenant,
+            class,
+            tokens,
+            deadline_ms,
+        } = request;
         if tokens.is_empty() {
             return Err(Refused::Empty);
         }
@@ -142,44 +193,83 @@ impl Scheduler {
                 context: self.capacity_tokens(),
             });
         }
-        if self.waiting.len() >= self.limits.max_waiting {
-            return Err(Refused::Full);
+        let number = self.tenants.number(&tenant, &mut self.blocks);
+        let flow = Tenants::flow(number, class);
+        let all_waiting = self.waiting();
+        let waiting = self.tenants.all[number].waiting;
+        let places = self.limits.max_waiting.saturating_sub(all_waiting);
+        if places == 0 {
+            let retry_after_s = self.pace.retry_after_s(all_waiting, 1);
+            return Err(Refused::Full { retry_after_s });
         }
+        // Half of the queue at most, and half of what is left to the next: one who floods it leaves places to the others.
+        if waiting >= places || waiting >= self.limits.tenant_waiting {
+            let share = self.tenants.share(flow, 1 << 16).max(1);
+            let retry_after_s = self
+                .pace
+                .retry_after_s(waiting, (1u64 << 16).div_ceil(share as u64));
+            return Err(Refused::Full { retry_after_s });
+        }
+        self.deadlines.extend(deadline_ms.map(|at| (at, id)));
+        let owner = self.tenants.all[number].owner;
         let sequence = Sequence {
-            tenant,
+            flow,
+            phase: Phase::Waiting,
             tokens,
             computed: 0,
-            table: BlockTable::default(),
+            stored: 0,
+            paid: 0,
+            table: BlockTable::new(owner),
             drafts: Vec::new(),
-            preempted: false,
+            submitted_ms: now_ms,
+            deadline_ms,
+            admitted_before: false,
         };
-        self.waiting.insert(id, sequence);
+        self.sequences.insert(id, sequence);
+        self.tenants.change(flow, |flow, tenant| {
+            flow.waiting.insert((true, id));
+            tenant.waiting += 1;
+        });
         Ok(())
     }
 
     /// Sequences of which the next step computes the last token: those that drafts may be offered for.
     pub fn decoding(&self) -> impl Iterator<Item = SequenceId> {
-        self.running
-            .iter()
-            .filter(|(_, s)| s.decodes())
-            .map(|(&id, _)| id)
+        let decodes = |s: &Sequence| s.phase == Phase::Decoding && s.computed < s.tokens.len();
+        let running = self.running.iter().copied();
+        running.filter(move |id| self.sequences.get(id).is_some_and(decodes))
     }
 
     /// Offers guesses how a decoding sequence goes on. The next step takes as many of them, from the front, as it has rows,
     /// blocks and context for after everybody else was served; the rest is forgotten. An offer for another sequence counts for
     /// nothing.
     pub fn draft(&mut self, id: SequenceId, drafts: &[u32]) {
-        if let Some(sequence) = self.running.get_mut(&id)
-            && sequence.decodes()
+        if let Some(sequence) = self.sequences.get_mut(&id)
+            && sequence.phase == Phase::Decoding
         {
             sequence.drafts = drafts.to_vec();
         }
     }
 
+    /// The step given out last was taken: what it computed can be found in the cache from now on.
+    pub fn done(&mut self) {
+        for id in std::mem::take(&mut self.in_step) {
+            if let Some(sequence) = self.sequences.get_mut(&id) {
+                sequence.stored = sequence.computed;
+                sequence
+                    .table
+                    .publish(&sequence.tokens, sequence.stored, &mut self.blocks);
+            }
+        }
+    }
+
     /// Adds the tokens that a sample gave: the drafts that were right, and one more. Blocks that only wrong drafts needed are
-    /// free then. Returns the sequence's length, or `None` if it is gone.
+    /// free then. Returns the sequence's length, or `None` if it does not run.
     pub fn accept(&mut self, id: SequenceId, tokens: &[u32]) -> Option<usize> {
-        let sequence = self.running.get_mut(&id)?;
+        let sequence = self.sequences.get_mut(&id)?;
+        if sequence.phase == Phase::Waiting {
+            return None;
+        }
         let right = tokens.len().saturating_sub(1);
         debug_assert_eq!(
             sequence.drafts.get(..right),
@@ -190,189 +280,54 @@ impl Scheduler {
         sequence.tokens.extend_from_slice(tokens);
         // What wrong drafts left in the cache lies behind this, and is written over by the tokens that come instead.
         sequence.computed = sequence.tokens.len() - 1;
+        sequence.stored = sequence
+            .stored
+            .max(sequence.computed.min(sequence.stored + right));
+        sequence.paid = sequence.tokens.len();
         sequence
             .table
-            .shrink(sequence.tokens.len(), &mut self.allocator);
-        Some(sequence.tokens.len())
+            .shrink(sequence.tokens.len(), &mut self.blocks);
+        let (flow, length) = (sequence.flow, sequence.tokens.len());
+        // The first was paid for with the step.
+        self.tenants.fair.charge(flow, ANSWER_COST * right as u64);
+        let tenant = self.tenants.flows[flow].tenant;
+        let answer = tokens.len() as u64;
+        self.tenants.serve(tenant, |served| served.answer += answer);
+        Some(length)
     }
 
-    /// Drops a sequence, finished or cancelled; its blocks are free at once. Returns whether it was there.
+    /// Drops a sequence, finished or cancelled; its blocks are there for others at once. Returns whether it was there.
     pub fn remove(&mut self, id: SequenceId) -> bool {
-        match self.running.remove(&id) {
-            Some(mut sequence) => {
-                sequence.table.release(&mut self.allocator);
-                true
-            }
-            None => self.waiting.remove(&id).is_some(),
+        let Some(mut sequence) = self.sequences.remove(&id) else {
+            return false;
+        };
+        self.deadlines
+            .remove(&(sequence.deadline_ms.unwrap_or_default(), id));
+        let flow = sequence.flow;
+        if sequence.phase == Phase::Waiting {
+            self.tenants.change(flow, |flow, tenant| {
+                let gave_way = flow.waiting.remove(&(false, id));
+                let there = gave_way || flow.waiting.remove(&(true, id));
+                debug_assert!(there, "a waiting sequence is in its flow's queue");
+                tenant.waiting -= 1;
+            });
+            return true;
         }
+        self.leave(id, &mut sequence);
+        let others_wait = self.waiting() > 0;
+        self.pace.ended(self.now_ms, others_wait);
+        true
+    }
+
+    /// Sequences whose deadline is over; each is named until it is removed.
+    pub fn expired(&self, now_ms: u64) -> Vec<SequenceId> {
+        let over = self.deadlines.range(..=(now_ms, SequenceId(u64::MAX)));
+        over.map(|&(_, id)| id).collect()
     }
 
     /// Length of a sequence: the position that its next token will have.
     pub fn length(&self, id: SequenceId) -> Option<usize> {
-        self.running
-            .get(&id)
-            .or_else(|| self.waiting.get(&id))
-            .map(|s| s.tokens.len())
-    }
-
-    /// The next step, or `None` when there is nothing to compute. Its rows count as computed from here on; each sample
-    /// wants [`Self::accept`] or [`Self::remove`] before the next call.
-    pub fn plan(&mut self) -> Option<Planned> {
-        self.find_blocks_for_decode();
-        let mut rows: BTreeMap<SequenceId, usize> = self.decoding().map(|id| (id, 1)).collect();
-        let mut room = self.limits.step_rows - rows.len();
-        let prefilling: Vec<SequenceId> = self
-            .running
-            .iter()
-            .filter(|(_, s)| !s.decodes())
-            .map(|(&id, _)| id)
-            .collect();
-        let mut order: Vec<SequenceId> = rows.keys().copied().chain(prefilling.clone()).collect();
-        let mut give = |running: &BTreeMap<SequenceId, Sequence>, id, room: &mut usize| {
-            let Some(sequence) = running.get(&id) else {
-                return;
-            };
-            let chunk = (*room).min(sequence.tokens.len() - sequence.computed);
-            rows.insert(id, chunk);
-            *room -= chunk;
-        };
-        for id in prefilling {
-            give(&self.running, id, &mut room);
-        }
-        while room > 0 {
-            let Some(id) = self.admit() else { break };
-            order.push(id);
-            give(&self.running, id, &mut room);
-        }
-        // Drafts are bets: they take only what nobody has a certain use for.
-        let capacity = self.capacity_tokens();
-        for sequence in self.running.values_mut() {
-            let len = sequence.tokens.len();
-            // With all drafts right, one more token comes; the last of them needs no place in the cache.
-            let most = room.min(capacity.saturating_sub(len + 1));
-            sequence.drafts.truncate(most);
-            while sequence
-                .table
-                .reserve(len + sequence.drafts.len(), &mut self.allocator)
-                .is_err()
-                && sequence.drafts.pop().is_some()
-            {}
-            room -= sequence.drafts.len();
-        }
-        let mut planned = Planned {
-            batch: StepBatch::default(),
-            samples: Vec::new(),
-            owners: Vec::new(),
-        };
-        for id in order {
-            self.take_rows(id, rows.get(&id).copied().unwrap_or(0), &mut planned);
-        }
-        (!planned.batch.tokens.is_empty()).then_some(planned)
-    }
-
-    /// Reserves the block for each decoding sequence's next position, oldest first; the youngest pay.
-    fn find_blocks_for_decode(&mut self) {
-        let ids: Vec<SequenceId> = self.running.keys().copied().collect();
-        for id in ids {
-            while let Some(sequence) = self.running.get_mut(&id) {
-                if sequence
-                    .table
-                    .reserve(sequence.tokens.len(), &mut self.allocator)
-                    .is_ok()
-                {
-                    break;
-                }
-                self.preempt_youngest();
-            }
-        }
-    }
-
-    fn preempt_youngest(&mut self) {
-        if let Some((id, mut sequence)) = self.running.pop_last() {
-            sequence.table.release(&mut self.allocator);
-            sequence.computed = 0;
-            sequence.drafts.clear();
-            sequence.preempted = true;
-            self.preemptions += 1;
-            self.waiting.insert(id, sequence);
-        }
-    }
-
-    /// Moves the waiting sequence whose turn it is to the running ones, if it fits: those that were preempted first, then
-    /// those of the tenant with the fewest running, then by arrival. Nobody overtakes one that does not fit yet, so a
-    /// long prompt is not starved by short ones.
-    fn admit(&mut self) -> Option<SequenceId> {
-        if self.running.len() >= self.limits.max_sequences {
-            return None;
-        }
-        let mut of_tenant: BTreeMap<&TenantId, usize> = BTreeMap::new();
-        for sequence in self.running.values() {
-            *of_tenant.entry(&sequence.tenant).or_default() += 1;
-        }
-        let turn = |(id, s): &(&SequenceId, &Sequence)| {
-            (
-                !s.preempted,
-                of_tenant.get(&s.tenant).copied().unwrap_or(0),
-                **id,
-            )
-        };
-        let id = self.waiting.iter().min_by_key(turn).map(|(&id, _)| id)?;
-        let sequence = self.waiting.get_mut(&id)?;
-        // One block more for each running sequence, so that the newcomer is not preempted at the next step.
-        let needed = BlockTable::blocks_for(sequence.tokens.len() + 1);
-        if !self.running.is_empty() && needed + self.running.len() > self.allocator.free_blocks() {
-            return None;
-        }
-        sequence
-            .table
-            .reserve(sequence.tokens.len(), &mut self.allocator)
-            .ok()?;
-        sequence.preempted = false;
-        let sequence = self.waiting.remove(&id)?;
-        self.running.insert(id, sequence);
-        Some(id)
-    }
-
-    /// Puts `rows` of a sequence's uncomputed tokens into the step, and its drafts behind the last of them.
-    fn take_rows(&mut self, id: SequenceId, rows: usize, planned: &mut Planned) {
-        let Some(sequence) = self.running.get_mut(&id).filter(|_| rows > 0) else {
-            return;
-        };
-        let batch = &mut planned.batch;
-        let (from, to) = (sequence.computed, sequence.computed + rows);
-        let whole = to == sequence.tokens.len();
-        let drafts = if whole {
-            sequence.drafts.as_slice()
-        } else {
-            &[]
-        };
-        let first_row = batch.tokens.len();
-        let tokens = sequence.tokens[from..to].iter().chain(drafts);
-        for (position, &token) in (from..).zip(tokens) {
-            let Some(slot) = sequence.table.slot(position) else {
-                return;
-            };
-            batch.slots.push(slot);
-            batch.tokens.push(token);
-            batch.positions.push(position as u32);
-        }
-        let held = BlockTable::blocks_for(to + drafts.len());
-        let mut blocks = sequence.table.ids();
-        blocks.truncate(held);
-        batch.spans.push(Span {
-            first_row,
-            rows: rows + drafts.len(),
-            context: from,
-            blocks,
-        });
-        planned.owners.push(id);
-        sequence.computed = to;
-        if whole {
-            let last = (first_row + rows - 1) as u32;
-            batch.logits_rows.extend(last..batch.tokens.len() as u32);
-            let drafts = drafts.to_vec();
-            planned.samples.push(Sample { id, drafts });
-        }
+        self.sequences.get(&id).map(|s| s.tokens.len())
     }
 
     /// Sequences that run.
@@ -382,22 +337,37 @@ impl Scheduler {
 
     /// Sequences that wait.
     pub fn waiting(&self) -> usize {
-        self.waiting.len()
+        self.sequences.len() - self.running.len()
     }
 
-    /// KV blocks in use.
+    /// KV blocks that sequences hold.
     pub fn used_blocks(&self) -> usize {
-        self.allocator.total_blocks() - self.allocator.free_blocks()
+        self.blocks.total() - self.blocks.available()
+    }
+
+    /// KV blocks that nobody holds and whose contents can be found.
+    pub fn cached_blocks(&self) -> usize {
+        self.blocks.idle()
     }
 
     /// KV blocks in all.
     pub fn total_blocks(&self) -> usize {
-        self.allocator.total_blocks()
+        self.blocks.total()
     }
 
     /// How often a sequence had to give its blocks back.
     pub fn preemptions(&self) -> u64 {
         self.preemptions
+    }
+
+    /// Cached blocks that were taken for something else.
+    pub fn evictions(&self) -> u64 {
+        self.blocks.evictions()
+    }
+
+    /// What tenants got since the last call, of those that got something.
+    pub fn take_served(&mut self) -> Vec<(TenantId, Served)> {
+        self.tenants.take_served()
     }
 }
 

@@ -328,6 +328,7 @@ impl Hosted {
             step_rows: shared.config.step_rows,
             context_tokens: plan.context_tokens,
             blocks: plan.kv_blocks,
+            ..Limits::default()
         };
         let config = EngineConfig {
             model: group.model.clone(),

@@ -35,7 +35,7 @@ pub struct WorkerConfig {
     pub threads: usize,
     /// Sequences that one group decodes at once.
     pub max_sequences: usize,
-    /// Requests that may wait in one group.
+    /// Requests that may wait in one group; one tenant's take half of them at most.
     pub max_waiting: usize,
     /// Rows of one step: how much of a prompt is computed between two tokens of the other answers.
     pub step_rows: usize,
@@ -44,14 +44,14 @@ pub struct WorkerConfig {
 }
 
 impl WorkerConfig {
-    /// The defaults for a listening address: 32 sequences, 256 waiting, 256 rows a step, exact sums.
+    /// The defaults for a listening address: 32 sequences, 512 waiting, 256 rows a step, exact sums.
     pub fn new(incarnation: u64, data_listen: SocketAddr) -> Self {
         Self {
             incarnation,
             data_listen,
             threads: 0,
             max_sequences: 32,
-            max_waiting: 256,
+            max_waiting: 512,
             step_rows: 256,
             wire: Wire::default(),
         }

@@ -78,6 +78,7 @@ fn engine() -> Engine {
             step_rows: 8,
             context_tokens: 32,
             blocks: 2,
+            ..Limits::default()
         },
     };
     let tokenizer = Arc::new(Tokenizer::from_vocabulary(&vocabulary).unwrap());
@@ -124,6 +125,8 @@ async fn only_the_epoch_that_is_hosted_is_served() {
             echo: false,
             constraint: None,
             logprobs: None,
+            priority: Default::default(),
+            timeout_ms: None,
         };
         ask::<Frame>(&transport, SERVICE_GENERATE, epoch, request)
     };

@@ -284,6 +284,8 @@ impl Chat {
             echo: false,
             constraint: self.constraint.clone(),
             logprobs: self.logprobs,
+            priority: Default::default(),
+            timeout_ms: None,
         };
         repeat(request, self.choices)
     }

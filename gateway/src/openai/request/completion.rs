@@ -186,6 +186,8 @@ impl Completion {
             echo: self.echo,
             constraint: None,
             logprobs: self.logprobs,
+            priority: Default::default(),
+            timeout_ms: None,
         };
         self.prompts
             .iter()

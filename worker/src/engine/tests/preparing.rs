@@ -4,7 +4,7 @@ use coordinator::Redacted;
 use coordinator::ids::TenantId;
 
 use super::{A, tokenizer, vocabulary};
-use crate::client::{GenerateRequest, InferError, Message, Prompt, Sampling};
+use crate::client::{Class, GenerateRequest, InferError, Message, Prompt, Sampling};
 use crate::constrain::Constrainer;
 use crate::engine::{Prepared, prepare};
 use crate::text::{ChatTemplate, Tokenizer};
@@ -22,6 +22,8 @@ fn request(prompt: Prompt) -> GenerateRequest {
         echo: false,
         constraint: None,
         logprobs: None,
+        priority: Class::Background,
+        timeout_ms: Some(5000),
     }
 }
 
