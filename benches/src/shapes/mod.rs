@@ -215,7 +215,6 @@ impl Recipe {
             }
             writer.end_tensor()?;
         }
-        drop(writer);
         out.into_inner().map_err(|e| e.into_error())?.sync_all()?;
         std::fs::rename(&part, path)?;
         Ok(())
