@@ -93,6 +93,7 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("-p", "--prefill", type=int, default=512)
     parser.add_argument("-n", "--decode", type=int, default=64)
+    parser.add_argument("--decode-many", type=int, default=0, help="tokens of each sequence where several decode; 0 for as many")
     parser.add_argument("--batch", default="1", help="comma-separated numbers of sequences")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
@@ -105,7 +106,8 @@ def main():
         report["prefill_tokens_per_s"] = max(peer.prefill(args.prefill) for _ in range(args.repeats))
     if args.decode:
         for size in sizes:
-            report["batches"][size] = max(peer.decode(size, args.decode) for _ in range(args.repeats))
+            tokens = args.decode if size == 1 else args.decode_many or args.decode
+            report["batches"][size] = max(peer.decode(size, tokens) for _ in range(args.repeats))
     print(json.dumps(report))
 
 
