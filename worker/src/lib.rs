@@ -12,6 +12,7 @@
 //! - [`scheduler`]: which sequences are in the next step; pure.
 //! - [`constrain`]: answers that keep to a schema, a pattern or a tool's arguments.
 //! - [`sampling`]: from logits to one token.
+//! - [`speculation`]: guesses of the next tokens, as far as they pay; pure.
 //! - [`engine`]: the leader's thread, from requests to steps to streams.
 //! - [`embed`]: sentence embeddings.
 //! - [`service`]: a node's part: it takes up the ranks that the control state assigns to it, and answers requests.
@@ -37,4 +38,5 @@ pub mod plan;
 pub mod sampling;
 pub mod scheduler;
 pub mod service;
+pub mod speculation;
 pub mod text;

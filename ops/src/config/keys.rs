@@ -81,6 +81,7 @@ const SECTIONS: [(&str, &[Key]); 5] = [
             key("memory_bytes", Kind::Number),
             key("read_bytes_per_s", Kind::Number),
             key("wire", Kind::Text),
+            key("speculate", Kind::Switch),
         ],
     ),
     (

@@ -97,7 +97,7 @@ impl Default for ClusterSection {
     }
 }
 
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct WorkerSection {
     /// Where collectives listen; a free port of `node.listen`'s address when absent.
@@ -115,6 +115,22 @@ pub struct WorkerSection {
     /// How sums travel between ranks on different hosts: `exact` (the default; answers do not depend on the number of ranks), `f32`,
     /// `bf16` or `int8`. What rank 0's node says holds for its group.
     pub wire: worker::collective::Wire,
+    /// Whether tokens are guessed ahead where that pays; answers are the same. What rank 0's node says holds for its group.
+    pub speculate: bool,
+}
+
+impl Default for WorkerSection {
+    fn default() -> Self {
+        Self {
+            data_listen: None,
+            data_advertise: None,
+            threads: 0,
+            memory_bytes: 0,
+            read_bytes_per_s: 0,
+            wire: Default::default(),
+            speculate: true,
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

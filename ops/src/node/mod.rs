@@ -238,6 +238,7 @@ fn start_worker(
         .unwrap_or_else(|| (config.node.listen.ip(), 0).into());
     let worker_config = WorkerConfig {
         wire: config.worker.wire,
+        speculate: config.worker.speculate,
         ..WorkerConfig::new(node.incarnation, listen)
     };
     let worker = WorkerNode::start(worker_config, transport.clone(), control.clone())?;

@@ -239,11 +239,10 @@ impl Planned<'_> {
         config.cluster.seeds = seeds.to_vec();
         config.worker = WorkerSection {
             data_listen: Some(data),
-            data_advertise: None,
             threads: share.threads,
             memory_bytes: share.memory_bytes,
             read_bytes_per_s: share.read_bytes_per_s,
-            wire: Default::default(),
+            ..WorkerSection::default()
         };
         self.add(id, "worker", config)
     }

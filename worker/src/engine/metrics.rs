@@ -19,6 +19,7 @@ pub struct Metrics {
     pub tenant_tokens: IntCounterVec,
     pub queue_seconds: HistogramVec,
     pub requests: IntCounterVec,
+    pub drafts: IntCounterVec,
 }
 
 /// Registered in Prometheus' default registry on first use. `None` only if another part took one of the names.
@@ -100,6 +101,13 @@ fn register() -> prometheus::Result<Metrics> {
         requests: register_int_counter_vec!(
             Opts::new("verbund_engine_requests_total", "Generations by their end."),
             &["model", "code"]
+        )?,
+        drafts: register_int_counter_vec!(
+            Opts::new(
+                "verbund_engine_drafts_total",
+                "Guessed tokens that steps verified, right or wrong."
+            ),
+            &["model", "outcome"]
         )?,
     })
 }

@@ -63,11 +63,13 @@ where
 pub trait Drafter: Send + 'static {
     /// A sequence comes, with its whole prompt.
     fn begin(&mut self, id: SequenceId, prompt: &[u32]);
-    /// The tokens that may follow now; called before each step for each sequence that decodes. Nothing is fine.
-    fn draft(&mut self, id: SequenceId) -> Vec<u32>;
+    /// The tokens that may follow now, for any of the sequences that decode in the next step; called before each. Nothing is fine.
+    fn draft(&mut self, decoding: &[SequenceId]) -> Vec<(SequenceId, Vec<u32>)>;
     /// The sequence went on with `tokens`; `drafts` are the guesses that the step had taken up (some of the front of what was
     /// offered), of which the first `tokens.len() - 1` were right.
     fn took(&mut self, id: SequenceId, tokens: &[u32], drafts: &[u32]);
+    /// A step of `rows` rows took `seconds`. Steps that compute any of a prompt are not told.
+    fn stepped(&mut self, rows: usize, seconds: f64);
     /// The sequence is over.
     fn end(&mut self, id: SequenceId);
 }

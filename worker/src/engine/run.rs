@@ -221,8 +221,11 @@ impl<S: Stepper> EngineLoop<S> {
             return;
         };
         let decoding: Vec<SequenceId> = self.scheduler.decoding().collect();
-        for id in decoding {
-            self.scheduler.draft(id, &drafter.draft(id));
+        if decoding.is_empty() {
+            return;
+        }
+        for (id, drafts) in drafter.draft(&decoding) {
+            self.scheduler.draft(id, &drafts);
         }
     }
 
@@ -274,6 +277,12 @@ impl<S: Stepper> EngineLoop<S> {
         }
         let started = monotonic();
         let result = self.stepper.step(&planned.batch);
+        let rows = planned.batch.tokens.len();
+        if let Some(drafter) = &mut self.drafter
+            && rows == planned.samples.iter().map(Sample::rows).sum::<usize>()
+        {
+            drafter.stepped(rows, started.elapsed().as_secs_f64());
+        }
         if let Some(metrics) = METRICS.as_ref() {
             let model = [self.model.as_str()];
             metrics
@@ -371,8 +380,21 @@ impl<S: Stepper> EngineLoop<S> {
         }
         if let Some(drafter) = &mut self.drafter {
             drafter.took(id, &taken, &sample.drafts);
+            self.count_drafts(taken.len() - 1, sample.drafts.len());
         }
         self.scheduler.accept(id, &taken);
+    }
+
+    fn count_drafts(&self, right: usize, all: usize) {
+        let Some(metrics) = METRICS.as_ref().filter(|_| all > 0) else {
+            return;
+        };
+        for (outcome, drafts) in [("right", right), ("wrong", all - right)] {
+            metrics
+                .drafts
+                .with_label_values(&[self.model.as_str(), outcome])
+                .inc_by(drafts as u64);
+        }
     }
 
     /// Draws the token at `position` and tells it. `None` when the generation is over.

@@ -6,6 +6,7 @@ mod failing;
 mod preparing;
 mod schedules;
 mod serving;
+mod speculating;
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};

@@ -21,6 +21,7 @@ use crate::load::ShardNumbers;
 use crate::model::{self, RankModel, follow};
 use crate::plan::{RankCapacity, plan};
 use crate::scheduler::Limits;
+use crate::speculation::Speculation;
 use crate::text;
 
 /// How long a rank waits for the others of its group. Processes that run meet within a second; loading comes after.
@@ -345,6 +346,10 @@ impl Hosted {
         let _ = std::thread::Builder::new()
             .name("constrain".into())
             .spawn(move || constrainer.warm());
+        let runner = match shared.config.speculate {
+            true => runner.with_drafter(Box::new(Speculation::new(limits.step_rows))),
+            false => runner,
+        };
         let engine = Arc::new(engine);
         self.set_state(State::Engine(engine.clone()))?;
         // The runner ends when the last handle is gone; only the state's may keep it.

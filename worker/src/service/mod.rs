@@ -39,12 +39,14 @@ pub struct WorkerConfig {
     pub max_waiting: usize,
     /// Rows of one step: how much of a prompt is computed between two tokens of the other answers.
     pub step_rows: usize,
+    /// Whether groups that this node leads guess tokens ahead where that pays; answers are the same.
+    pub speculate: bool,
     /// How sums travel in groups that this node leads, if its ranks are not all on one host.
     pub wire: Wire,
 }
 
 impl WorkerConfig {
-    /// The defaults for a listening address: 32 sequences, 512 waiting, 256 rows a step, exact sums.
+    /// The defaults for a listening address: 32 sequences, 512 waiting, 256 rows a step, speculation, exact sums.
     pub fn new(incarnation: u64, data_listen: SocketAddr) -> Self {
         Self {
             incarnation,
@@ -53,6 +55,7 @@ impl WorkerConfig {
             max_sequences: 32,
             max_waiting: 512,
             step_rows: 256,
+            speculate: true,
             wire: Wire::default(),
         }
     }

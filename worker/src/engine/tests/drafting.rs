@@ -19,20 +19,27 @@ impl Drafter for Fake {
         self.sequences.insert(id, (known.unwrap(), 0));
     }
 
-    fn draft(&mut self, id: SequenceId) -> Vec<u32> {
-        let (which, at) = self.sequences[&id];
-        let rest = &self.answers[which].1[at..];
-        let spoiled = rest
-            .iter()
-            .enumerate()
-            .map(|(i, &t)| (self.spoil)(at, i, t));
-        spoiled.take(5).collect()
+    fn draft(&mut self, decoding: &[SequenceId]) -> Vec<(SequenceId, Vec<u32>)> {
+        let one = |&id: &SequenceId| {
+            let (which, at) = self.sequences[&id];
+            let rest = &self.answers[which].1[at..];
+            let spoiled = rest
+                .iter()
+                .enumerate()
+                .map(|(i, &t)| (self.spoil)(at, i, t));
+            (id, spoiled.take(5).collect())
+        };
+        decoding.iter().map(one).collect()
     }
 
     fn took(&mut self, id: SequenceId, tokens: &[u32], drafts: &[u32]) {
         assert_eq!(tokens[..tokens.len() - 1], drafts[..tokens.len() - 1]);
         self.sequences.get_mut(&id).unwrap().1 += tokens.len();
         let _ = self.counts.send((tokens.len(), drafts.len()));
+    }
+
+    fn stepped(&mut self, rows: usize, seconds: f64) {
+        assert!(rows > 0 && seconds >= 0.0);
     }
 
     fn end(&mut self, id: SequenceId) {
