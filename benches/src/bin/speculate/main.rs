@@ -327,6 +327,7 @@ impl Bench {
             step_rows: 256,
             context_tokens: CONTEXT,
             blocks: rank.plan().kv_blocks,
+            ..Limits::default()
         };
         let config = EngineConfig {
             model: "bench".into(),
