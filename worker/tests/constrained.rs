@@ -142,6 +142,7 @@ fn config() -> EngineConfig {
             step_rows: 512,
             context_tokens: CONTEXT,
             blocks: 8 * CONTEXT / BLOCK_TOKENS,
+            ..Limits::default()
         },
     }
 }
@@ -158,6 +159,8 @@ fn request(prompt: Prompt, case: &Case, max_tokens: u32, seed: u64) -> GenerateR
         },
         stop: Vec::new(),
         echo: false,
+        priority: Default::default(),
+        timeout_ms: None,
         constraint: Some(Constraint {
             format: Some(Format::Schema {
                 schema: Redacted::new(case.schema.to_string()),

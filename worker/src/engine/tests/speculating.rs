@@ -111,7 +111,7 @@ fn answers(
 fn two_hundred_answers_are_those_of_plain_decoding() {
     let endless = Arc::new(Tokenizer::from_vocabulary(&vocabulary(false)).unwrap());
     // Some repeat themselves, and so do their answers.
-    let prompt = |i: u32| (0..4 + i % 30).map(|t| 5 + (t % (3 + i % 11) * 37 + i * 7) % 300);
+    let prompt = |i: u32| (0..4 + i % 30).map(move |t| 5 + (t % (3 + i % 11) * 37 + i * 7) % 300);
     let prompts: Vec<Vec<u32>> = (0..PROMPTS as u32).map(|i| prompt(i).collect()).collect();
     let plain = answers(tiny_llama(), endless.clone(), &prompts, (8, 40), None);
     assert!(plain.iter().all(|a| a.len() == 40));
