@@ -20,8 +20,10 @@ const MAX_LEAST: u64 = 50_000;
 /// Longest pattern in bytes.
 const MAX_PATTERN_BYTES: usize = 4 << 10;
 
-/// White space between the parts of an answer. Without a bound a small model may write line breaks for ever.
-const WHITE_SPACE: &str = r"\x20|\x20?\n[\x20\t]{0,40}";
+/// What stands between the parts of an answer, as patterns. No other white space: a small model fills its answer with line breaks and
+/// indents until its tokens are used up.
+const ITEM_SEPARATOR: &str = ", ?";
+const KEY_SEPARATOR: &str = ": ?";
 
 /// Keywords of JSON Schema that no grammar here can keep to.
 const UNSUPPORTED: [&str; 17] = [
@@ -69,7 +71,11 @@ pub(super) fn prepare_value(schema: Value) -> Result<Value, String> {
     if let Value::Object(map) = &mut schema {
         map.insert(
             "x-guidance".into(),
-            json!({"whitespace_pattern": WHITE_SPACE}),
+            json!({
+                "whitespace_flexible": false,
+                "item_separator": ITEM_SEPARATOR,
+                "key_separator": KEY_SEPARATOR,
+            }),
         );
     }
     Ok(schema)
