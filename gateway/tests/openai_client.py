@@ -165,13 +165,13 @@ def stop_strings(client, model):
     check("".join(pieces) == expected, f"streamed and stopped: {pieces}, expected {expected!r}")
 
 
-class Adresse(pydantic.BaseModel):
+class Adresse(pydantic.BaseModel, extra="forbid"):
     strasse: str = pydantic.Field(max_length=30)
     hausnummer: int = pydantic.Field(ge=1, le=999)
     plz: str = pydantic.Field(pattern="^[0-9]{5}$")
 
 
-class Antrag(pydantic.BaseModel):
+class Antrag(pydantic.BaseModel, extra="forbid"):  # or a small model adds properties until its tokens are used up
     aktenzeichen: str = pydantic.Field(pattern="^[A-Z]{2}-[0-9]{1,4}$")
     art: Literal["Bauantrag", "Wohngeld"]
     adresse: Adresse
