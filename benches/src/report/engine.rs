@@ -123,7 +123,7 @@ fn measure(setting: &Setting, case: &Case) -> Result<Row> {
     ensure!(
         case.path.is_file(),
         "{} is not there; `ops/setup bench` makes it",
-        case.path.display()
+        case.path.file_name().unwrap_or_default().to_string_lossy()
     );
     let (mut ours, mut limits) = (Rates::default(), None);
     let mut peer = Ok(Rates::default());
