@@ -1,4 +1,4 @@
-//! Quantised weights times quantised activations: tiles of one panel by a few rows.
+//! Quantised weights times quantised activations: tiles of one panel by a few rows, or of a few panels by one or two.
 //!
 //! Each lane adds its blocks in order of the columns, whatever the tile, so a row's result is the same in any company.
 #![allow(clippy::needless_range_loop)] // rows index several arrays at once, and unroll as written
@@ -21,6 +21,9 @@ const ROWS_BYTES: usize = 256 << 10;
 /// How far ahead of a pass over few rows, which waits for memory, the codes are asked for: the processor's own prefetch ends at each
 /// 4 KiB, this one does not.
 const AHEAD_BYTES: usize = 2 << 10;
+
+/// Panels that one or two rows go through side by side: memory gives several streams faster than one.
+const SIDE_BY_SIDE: usize = 4;
 
 /// Rows of `row_bytes` bytes that one pass over the panels takes: whole tiles.
 pub(crate) fn rows_at_once(row_bytes: usize) -> usize {
@@ -94,54 +97,89 @@ impl MultiplyInts<'_> {
         let mut first = 0;
         while first < self.rows {
             let end = (first + rows_at_once).min(self.rows);
-            for p in self.panels.clone() {
-                let mut r = first;
-                // SAFETY: the panel lies within the matrix, the rows within `x` and `out`.
-                unsafe {
-                    if S::WIDE_TILE {
-                        while end - r >= 8 {
-                            self.tile::<S, C, 8>(p, r);
-                            r += 8;
-                        }
+            let mut p = self.panels.start;
+            // SAFETY: the panels lie within the matrix, the rows within `x` and `out`.
+            unsafe {
+                if S::TILES && end - first < 4 {
+                    while p + SIDE_BY_SIDE <= self.panels.end {
+                        self.rows::<S, C, SIDE_BY_SIDE>(p, first..end);
+                        p += SIDE_BY_SIDE;
                     }
-                    if S::TILES {
-                        while end - r >= 4 {
-                            self.tile::<S, C, 4>(p, r);
-                            r += 4;
-                        }
-                        if end - r >= 2 {
-                            self.tile::<S, C, 2>(p, r);
-                            r += 2;
-                        }
-                    }
-                    while r < end {
-                        self.tile::<S, C, 1>(p, r);
-                        r += 1;
-                    }
+                }
+                while p < self.panels.end {
+                    self.rows::<S, C, 1>(p, first..end);
+                    p += 1;
                 }
             }
             first = end;
         }
     }
 
+    /// `P` panels from `panel` on, times some rows: as few tiles as there are.
     #[inline(always)]
-    unsafe fn tile<S: Simd, C: Codes, const R: usize>(&self, panel: usize, row: usize) {
-        // SAFETY: the caller's rows and panel exist; a panel's codes and scales have the sizes of its format.
+    unsafe fn rows<S: Simd, C: Codes, const P: usize>(
+        &self,
+        panel: usize,
+        rows: std::ops::Range<usize>,
+    ) {
+        let (mut r, end) = (rows.start, rows.end);
+        // SAFETY: passed on to the caller.
+        unsafe {
+            // Panels side by side are for fewer rows.
+            if S::WIDE_TILE && P == 1 {
+                while end - r >= 8 {
+                    self.tile::<S, C, P, 8>(panel, r);
+                    r += 8;
+                }
+            }
+            if S::TILES {
+                while P == 1 && end - r >= 4 {
+                    self.tile::<S, C, P, 4>(panel, r);
+                    r += 4;
+                }
+                if end - r >= 2 {
+                    self.tile::<S, C, P, 2>(panel, r);
+                    r += 2;
+                }
+            }
+            while r < end {
+                self.tile::<S, C, P, 1>(panel, r);
+                r += 1;
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn tile<S: Simd, C: Codes, const P: usize, const R: usize>(
+        &self,
+        panel: usize,
+        row: usize,
+    ) {
+        // SAFETY: the caller's rows and panels exist; a panel's codes and scales have the sizes of its format.
         unsafe {
             let mut x = self.x.add(row * self.stride);
             for (part, w) in self.parts.iter().enumerate() {
-                let (codes, scales) = panel_of(w, panel);
+                let panels: [_; P] = std::array::from_fn(|i| panel_of(w, panel + i));
                 let blocks = w.cols / BLOCK;
-                let mut sums = [S::splat(0.0); R];
+                let mut sums = [[S::splat(0.0); R]; P];
                 for b in 0..blocks {
-                    let codes = codes.add(b * code_bytes(C::FORMAT) * S::LANES);
+                    let at = b * code_bytes(C::FORMAT) * S::LANES;
+                    let codes = panels.map(|(codes, _)| codes.add(at));
                     if R <= 4 {
-                        ask_for::<S, C>(codes, scales.wrapping_add(w.panel_bytes), b);
+                        for (codes, _) in panels {
+                            ask_for::<S, C>(w, codes, P, b);
+                        }
                     }
-                    block::<S, C, R>(codes, scales, b, x.add(b), self.stride, &mut sums);
+                    let mut scales = [(S::splat(0.0), S::splat(0.0)); P];
+                    for i in 0..P {
+                        scales[i] = C::scales::<S>(panels[i].1, b);
+                    }
+                    block::<S, C, P, R>(codes, scales, x.add(b), self.stride, &mut sums);
                 }
                 x = x.add(blocks);
-                self.out.put::<S, R>(&sums, w, panel, row, part == 0);
+                for (i, sums) in sums.iter().enumerate() {
+                    self.out.put::<S, R>(sums, w, panel + i, row, part == 0);
+                }
             }
         }
     }
@@ -198,51 +236,62 @@ impl Output {
     }
 }
 
-/// Asks for codes ahead of block `b`'s, and for the next panel's scales, which begin at `scales`, of the same block.
+/// Asks for what comes after block `b` of a panel: codes [`AHEAD_BYTES`] on, or where the panel ends those of the panel `panels` later,
+/// and that panel's scales of the same block.
 #[inline(always)]
-fn ask_for<S: Simd, C: Codes>(codes: *const u8, scales: *const u8, b: usize) {
-    for line in (0..code_bytes(C::FORMAT) * S::LANES).step_by(LINE) {
-        S::prefetch(codes.wrapping_add(AHEAD_BYTES + line));
+fn ask_for<S: Simd, C: Codes>(w: &Matrix, panel: *const u8, panels: usize, b: usize) {
+    let next = panels * w.panel_bytes;
+    let block = code_bytes(C::FORMAT) * S::LANES;
+    let mut ahead = b * block + AHEAD_BYTES;
+    if ahead >= w.scales_at {
+        ahead += next - w.scales_at;
     }
-    let scale_bytes = scale_bytes(C::FORMAT) * S::LANES * BLOCK / C::FORMAT.block_len();
-    S::prefetch(scales.wrapping_add(b * scale_bytes));
+    for line in (0..block).step_by(LINE) {
+        S::prefetch(panel.wrapping_add(ahead + line));
+    }
+    let scales = scale_bytes(C::FORMAT) * S::LANES * BLOCK / C::FORMAT.block_len();
+    S::prefetch(panel.wrapping_add(next + w.scales_at + b * scales));
 }
 
-/// Adds 32 columns of a panel times `R` rows to `sums`.
+/// Adds 32 columns of `P` panels times `R` rows to `sums`.
 #[inline(always)]
-unsafe fn block<S: Simd, C: Codes, const R: usize>(
-    codes: *const u8,
-    scales: *const u8,
-    b: usize,
+unsafe fn block<S: Simd, C: Codes, const P: usize, const R: usize>(
+    codes: [*const u8; P],
+    scales: [(S::F, S::F); P],
     x: *const XBlock,
     stride: usize,
-    sums: &mut [S::F; R],
+    sums: &mut [[S::F; R]; P],
 ) {
     // SAFETY: passed on to the caller.
     unsafe {
-        let (first, second) = C::scales::<S>(scales, b);
         if C::HALVES {
-            let low = dots_low::<S, C, R>(codes, x, stride);
-            let high = dots_high::<S, C, R>(codes, x, stride);
+            let low = dots_half::<S, C, P, R, 0>(codes, x, stride);
+            let high = dots_half::<S, C, P, R, 1>(codes, x, stride);
             for r in 0..R {
                 let x = &*x.add(r * stride);
-                let zero_low = S::splat_int(x.negative_first);
-                let zero_high = S::sub_32(S::splat_int(x.negative_sum), zero_low);
+                let zero_low = S::shl_32::<5>(S::splat_int(x.negative_first));
+                let zero_high = S::splat_int(x.negative_sum - x.negative_first);
+                let zero_high = S::shl_32::<5>(zero_high);
                 let d = S::splat(x.d);
-                let low = S::int_to_float(S::add_32(low[r], S::shl_32::<5>(zero_low)));
-                let high = S::int_to_float(S::add_32(high[r], S::shl_32::<5>(zero_high)));
-                sums[r] = S::fma(S::mul(low, d), first, sums[r]);
-                sums[r] = S::fma(S::mul(high, d), second, sums[r]);
+                for p in 0..P {
+                    let low = S::int_to_float(S::add_32(low[p][r], zero_low));
+                    let high = S::int_to_float(S::add_32(high[p][r], zero_high));
+                    sums[p][r] = S::fma(S::mul(low, d), scales[p].0, sums[p][r]);
+                    sums[p][r] = S::fma(S::mul(high, d), scales[p].1, sums[p][r]);
+                }
             }
             return;
         }
-        let ints = dots::<S, C, R>(codes, x, stride);
+        let ints = dots::<S, C, P, R>(codes, x, stride);
         for r in 0..R {
             let x = &*x.add(r * stride);
-            let scaled = S::mul(S::int_to_float(ints[r]), S::splat(x.d));
-            sums[r] = S::fma(scaled, first, sums[r]);
-            if C::MIN {
-                sums[r] = S::fma(S::splat(x.d_sum), second, sums[r]);
+            let (d, d_sum) = (S::splat(x.d), S::splat(x.d_sum));
+            for p in 0..P {
+                let scaled = S::mul(S::int_to_float(ints[p][r]), d);
+                sums[p][r] = S::fma(scaled, scales[p].0, sums[p][r]);
+                if C::MIN {
+                    sums[p][r] = S::fma(d_sum, scales[p].1, sums[p][r]);
+                }
             }
         }
     }
@@ -255,104 +304,104 @@ unsafe fn x_chunk<S: Simd, const C: usize>(x: *const XBlock) -> S::I {
     unsafe { S::splat_int(x.cast::<i32>().add(C).read_unaligned()) }
 }
 
-/// Adds chunks to the sums of all rows.
+/// Adds chunks to the sums of all panels and rows: each four activations are spread over a vector once for all panels.
 macro_rules! add_chunks {
-    ($S:ty, $C:ty, $R:expr, $dot:ident, $sums:ident, $codes:ident, $x:ident, $stride:ident, $($c:literal)*) => {$(
-        let w = chunk::<$S, $C, $c>($codes);
+    ($S:ty, $C:ty, $P:expr, $R:expr, $dot:ident, $sums:ident, $codes:ident, $x:ident, $stride:ident, $($c:literal)*) => {$(
+        let mut w = [<$S>::splat_int(0); $P];
+        for p in 0..$P {
+            w[p] = chunk::<$S, $C, $c>($codes[p]);
+        }
         for r in 0..$R {
-            $sums[r] = <$S>::$dot($sums[r], w, x_chunk::<$S, $c>($x.add(r * $stride)));
+            let x = x_chunk::<$S, $c>($x.add(r * $stride));
+            for p in 0..$P {
+                let sum = <$S>::$dot($sums[p][r], w[p], x);
+                // Or the compiler would gather more operands than there are registers.
+                $sums[p][r] = if $P > 1 { <$S>::in_order(sum) } else { sum };
+            }
         }
     )*};
 }
 
 /// The whole block's integer products, less the codes' zero.
 #[inline(always)]
-unsafe fn dots<S: Simd, C: Codes, const R: usize>(
-    codes: *const u8,
+unsafe fn dots<S: Simd, C: Codes, const P: usize, const R: usize>(
+    codes: [*const u8; P],
     x: *const XBlock,
     stride: usize,
-) -> [S::I; R] {
+) -> [[S::I; R]; P] {
     // SAFETY: passed on to the caller.
     unsafe {
         let bits = code_bytes(C::FORMAT);
-        let mut sums = [S::splat_int(0); R];
+        let mut sums = [[S::splat_int(0); R]; P];
         if bits == 32 {
             if S::BIASED_BYTES {
                 for r in 0..R {
-                    sums[r] = S::shl_32::<7>(S::splat_int((*x.add(r * stride)).negative_sum));
+                    let bias = S::shl_32::<7>(S::splat_int((*x.add(r * stride)).negative_sum));
+                    for sums in &mut sums {
+                        sums[r] = bias;
+                    }
                 }
             }
-            add_chunks!(S, C, R, dot_signed, sums, codes, x, stride, 0 1 2 3 4 5 6 7);
+            add_chunks!(S, C, P, R, dot_signed, sums, codes, x, stride, 0 1 2 3 4 5 6 7);
             return sums;
         }
         if S::DOT_32 || bits == 16 {
             // Eight times two products of 15 · 127 stay within 16 bits.
-            add_chunks!(S, C, R, dot, sums, codes, x, stride, 0 4 1 5 2 6 3 7);
-            sums = widened::<S, R>(sums);
+            add_chunks!(S, C, P, R, dot, sums, codes, x, stride, 0 4 1 5 2 6 3 7);
+            sums = widened::<S, P, R>(sums);
         } else {
             // Four times two products of 31 · 127 do.
-            sums = dots_low::<S, C, R>(codes, x, stride);
-            let high = dots_high::<S, C, R>(codes, x, stride);
-            for r in 0..R {
-                sums[r] = S::add_32(sums[r], high[r]);
+            sums = dots_half::<S, C, P, R, 0>(codes, x, stride);
+            let high = dots_half::<S, C, P, R, 1>(codes, x, stride);
+            for (sums, high) in sums.as_flattened_mut().iter_mut().zip(high.as_flattened()) {
+                *sums = S::add_32(*sums, *high);
             }
         }
         for r in 0..R {
-            let negative = (*x.add(r * stride)).negative_sum;
-            match C::ZERO {
-                8 => sums[r] = S::add_32(sums[r], S::shl_32::<3>(S::splat_int(negative))),
-                16 => sums[r] = S::add_32(sums[r], S::shl_32::<4>(S::splat_int(negative))),
-                _ => {}
+            let negative = S::splat_int((*x.add(r * stride)).negative_sum);
+            for sums in &mut sums {
+                match C::ZERO {
+                    8 => sums[r] = S::add_32(sums[r], S::shl_32::<3>(negative)),
+                    16 => sums[r] = S::add_32(sums[r], S::shl_32::<4>(negative)),
+                    _ => {}
+                }
             }
         }
         sums
     }
 }
 
-/// Integer products of the first sixteen columns.
+/// Integer products of the first sixteen columns, or of the last.
 #[inline(always)]
-unsafe fn dots_low<S: Simd, C: Codes, const R: usize>(
-    codes: *const u8,
+unsafe fn dots_half<S: Simd, C: Codes, const P: usize, const R: usize, const LAST: usize>(
+    codes: [*const u8; P],
     x: *const XBlock,
     stride: usize,
-) -> [S::I; R] {
+) -> [[S::I; R]; P] {
     // SAFETY: passed on to the caller.
     unsafe {
-        let mut sums = [S::splat_int(0); R];
-        add_chunks!(S, C, R, dot, sums, codes, x, stride, 0 1);
-        if S::DOT_32 || code_bytes(C::FORMAT) == 20 {
-            add_chunks!(S, C, R, dot, sums, codes, x, stride, 2 3);
-            return widened::<S, R>(sums);
+        let mut sums = [[S::splat_int(0); R]; P];
+        if LAST == 0 {
+            add_chunks!(S, C, P, R, dot, sums, codes, x, stride, 0 1);
+        } else {
+            add_chunks!(S, C, P, R, dot, sums, codes, x, stride, 4 5);
         }
         // Two times two products of 63 · 127 are the most that 16 bits hold.
-        let mut more = [S::splat_int(0); R];
-        add_chunks!(S, C, R, dot, more, codes, x, stride, 2 3);
-        for r in 0..R {
-            sums[r] = S::add_32(S::widen(sums[r]), S::widen(more[r]));
+        let apart = !S::DOT_32 && code_bytes(C::FORMAT) != 20;
+        let mut wide = [[S::splat_int(0); R]; P];
+        if apart {
+            wide = widened::<S, P, R>(std::mem::replace(&mut sums, wide));
         }
-        sums
-    }
-}
-
-/// Integer products of the last sixteen columns.
-#[inline(always)]
-unsafe fn dots_high<S: Simd, C: Codes, const R: usize>(
-    codes: *const u8,
-    x: *const XBlock,
-    stride: usize,
-) -> [S::I; R] {
-    // SAFETY: passed on to the caller.
-    unsafe {
-        let mut sums = [S::splat_int(0); R];
-        add_chunks!(S, C, R, dot, sums, codes, x, stride, 4 5);
-        if S::DOT_32 || code_bytes(C::FORMAT) == 20 {
-            add_chunks!(S, C, R, dot, sums, codes, x, stride, 6 7);
-            return widened::<S, R>(sums);
+        if LAST == 0 {
+            add_chunks!(S, C, P, R, dot, sums, codes, x, stride, 2 3);
+        } else {
+            add_chunks!(S, C, P, R, dot, sums, codes, x, stride, 6 7);
         }
-        let mut more = [S::splat_int(0); R];
-        add_chunks!(S, C, R, dot, more, codes, x, stride, 6 7);
-        for r in 0..R {
-            sums[r] = S::add_32(S::widen(sums[r]), S::widen(more[r]));
+        sums = widened::<S, P, R>(sums);
+        if apart {
+            for (sums, wide) in sums.as_flattened_mut().iter_mut().zip(wide.as_flattened()) {
+                *sums = S::add_32(*sums, *wide);
+            }
         }
         sums
     }
@@ -361,8 +410,10 @@ unsafe fn dots_high<S: Simd, C: Codes, const R: usize>(
 /// # Safety
 /// As [`Simd`].
 #[inline(always)]
-unsafe fn widened<S: Simd, const R: usize>(mut sums: [S::I; R]) -> [S::I; R] {
-    for sum in &mut sums {
+unsafe fn widened<S: Simd, const P: usize, const R: usize>(
+    mut sums: [[S::I; R]; P],
+) -> [[S::I; R]; P] {
+    for sum in sums.as_flattened_mut() {
         // SAFETY: passed on to the caller.
         *sum = unsafe { S::widen(*sum) };
     }

@@ -153,7 +153,7 @@ unsafe fn unpack<S: Simd, C: Codes, const P: usize>(
     piece: &mut [Line],
 ) {
     debug_assert!(size_of_val(piece) >= blocks.len() * block_bytes::<S, C, P>());
-    let (codes, scales) = panel_of(w, panel);
+    let (start, scales) = panel_of(w, panel);
     let vector = 4 * S::LANES;
     // SAFETY: by the contract.
     unsafe {
@@ -162,8 +162,8 @@ unsafe fn unpack<S: Simd, C: Codes, const P: usize>(
                 .as_mut_ptr()
                 .cast::<u8>()
                 .add(j * block_bytes::<S, C, P>());
-            let codes = codes.add(b * code_bytes(C::FORMAT) * S::LANES);
-            ask_for::<S, C>(codes, scales.wrapping_add(w.panel_bytes), b);
+            let codes = start.add(b * code_bytes(C::FORMAT) * S::LANES);
+            ask_for::<S, C>(w, start, P, b);
             let (zero, centre) = (S::splat_int(0), S::splat_byte(centre::<C>() as u8));
             // 128 times sixteen codes of five bits are at least -2¹⁵, and so are eight of six.
             let mut biases = [zero; 2];
