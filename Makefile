@@ -38,7 +38,7 @@ test-all: test ## and the slow ones
 SHAPES = tiny:Q8_0 1b:Q4_0 1b:Q4_K_M 1b:Q8_0 8b:Q4_0
 bench: build ## measure beside the machine's limits and llama.cpp, and write docs/benchmarks.md
 	@ops/setup models
-	@$(env) cargo build --locked --workspace --bin verbund --bin shapes --bin report --bin allreduce --test answers
+	@$(env) cargo build --locked --workspace --bin verbund --bin shapes --bin report --bin allreduce --bin constrain --bin speculate --test answers
 	@ops/setup bench $(SHAPES) || echo "make bench: measuring without the peer"
 	@$(env) "$$CARGO_TARGET_DIR/debug/report" $(if $(ONLY),--only $(ONLY)) $(if $(CANDLE),--candle $(CANDLE)) $(REPORT)
 

@@ -1,5 +1,6 @@
 //! Servers to load: a whole cluster of ours on this machine, and llama.cpp's own server. Each ends when it is dropped.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -102,7 +103,8 @@ impl Server {
                     "--parallel",
                     &sequences.to_string(),
                 ])
-                .args(["--alias", "peer"]);
+                // What it would do by itself, said because the figures depend on it.
+                .args(["--cont-batching", "--alias", "peer"]);
         } else {
             command
                 .args(["--n_threads", &threads, "--n_threads_batch", &threads])
@@ -212,16 +214,20 @@ impl Server {
         Ok(Metrics::parse(&text))
     }
 
-    /// Resident bytes of all its processes; what they share counts once.
-    pub fn resident_bytes(&self) -> u64 {
-        let root = self.process.0.id();
-        let pss = |pid: u32| -> Option<u64> {
-            let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
-            let line = text.lines().find_map(|l| l.strip_prefix("Pss:"))?;
-            let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
-            Some(kib * 1024)
+    /// A cluster's processes by name, as they are now.
+    pub fn processes(&self) -> BTreeMap<String, u32> {
+        let read = || -> Option<BTreeMap<String, u32>> {
+            let text = std::fs::read(self.dir.path().join("cluster/demo.json")).ok()?;
+            let demo: Value = serde_json::from_slice(&text).ok()?;
+            let processes = demo["processes"].as_array()?.iter();
+            let named = processes.filter_map(|p| {
+                let pid = u32::try_from(p["pid"].as_u64()?).ok()?;
+                Some((p["name"].as_str()?.to_owned(), pid))
+            });
+            let up = ("up".to_owned(), self.process.0.id());
+            Some(named.chain([up]).collect())
         };
-        descendants(root).into_iter().filter_map(pss).sum()
+        read().unwrap_or_default()
     }
 
     /// Open file descriptors of all its processes.
@@ -232,6 +238,25 @@ impl Server {
             .map(count)
             .sum()
     }
+}
+
+/// Resident bytes of a process; a page that several share counts for each in part. `None` if it has ended.
+pub fn resident_bytes(pid: u32) -> Option<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix("Pss:"))?;
+    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
+    Some(kib * 1024)
+}
+
+/// Seconds that a process computed so far, all threads together; 0 if it has ended.
+pub fn cpu_seconds(pid: u32) -> f64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The name in parentheses may hold anything; user and system time are the 12th and 13th field behind it.
+    let (_, rest) = text.rsplit_once(')').unwrap_or_default();
+    let ticks = rest.split_whitespace().skip(11).take(2);
+    let ticks: u64 = ticks.filter_map(|t| t.parse::<u64>().ok()).sum();
+    // Linux tells programs hundredths of a second, whatever it counts by itself.
+    ticks as f64 / 100.0
 }
 
 /// Asks again for some seconds until it works.
@@ -328,6 +353,18 @@ mod tests {
         assert_eq!(metrics.sum("a", &["state=\"used\"", "model=\"m\""]), 3.0);
         assert_eq!(metrics.sum("ab", &[]), 5.0);
         assert_eq!(metrics.sum("b", &[]), 0.0);
+    }
+
+    #[test]
+    fn a_process_tells_what_it_used() {
+        let me = std::process::id();
+        assert!(resident_bytes(me).unwrap() > 100_000);
+        let before = cpu_seconds(me);
+        while cpu_seconds(me) < before + 0.05 {}
+        assert_eq!(
+            (resident_bytes(u32::MAX), cpu_seconds(u32::MAX)),
+            (None, 0.0)
+        );
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! For a kernel's share of the machine's limits there is the program `kernels`.
 
 mod kernel;
+mod plan;
 mod text;
 
 fn main() {

@@ -10,11 +10,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use benches::report::constrained::{Constrained, Kind};
 use clap::Parser;
 use coordinator::Redacted;
 use coordinator::ids::TenantId;
 use kernels::{BLOCK_TOKENS, Cpu, Isa};
-use serde::Serialize;
 use serde_json::json;
 use worker::client::{Constraint, Event, Format, GenerateRequest, Prompt, Sampling};
 use worker::collective::Local;
@@ -39,23 +39,6 @@ struct Options {
     /// Turns of each kind.
     #[arg(long, default_value_t = 7)]
     turns: usize,
-}
-
-#[derive(Serialize)]
-struct Report {
-    vocabulary_tokens: usize,
-    vocabulary_ms: f64,
-    free_ms_per_token: f64,
-    kinds: Vec<Kind>,
-}
-
-#[derive(Serialize)]
-struct Kind {
-    name: &'static str,
-    compile_ms: f64,
-    ms_per_token: f64,
-    /// Over the free answers of the same turns, in percent: the median of the turns.
-    overhead_percent: f64,
 }
 
 /// Forms that no answer of a few hundred tokens completes.
@@ -116,10 +99,12 @@ fn main() -> Result<()> {
     engine.constrainer().warm();
     let vocabulary_ms = millis(started);
 
-    let mut report = Report {
+    let mut report = Constrained {
         vocabulary_tokens,
         vocabulary_ms,
         free_ms_per_token: 0.0,
+        tokens: options.tokens,
+        turns: options.turns,
         kinds: Vec::new(),
     };
     let mut free_times = Vec::new();
@@ -145,7 +130,7 @@ fn main() -> Result<()> {
             overheads.push((held_ms / free_ms - 1.0) * 100.0);
         }
         report.kinds.push(Kind {
-            name,
+            name: name.into(),
             compile_ms,
             ms_per_token: median(&mut times),
             overhead_percent: median(&mut overheads),

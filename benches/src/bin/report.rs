@@ -1,11 +1,12 @@
 //! Runs the benchmarks and writes `docs/benchmarks.md`: what `make bench` calls.
 
 use std::path::PathBuf;
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use benches::report::{
     self, Provenance, Setting, collectives, constrained, engine, fairness, isolation, page,
-    serving, soak,
+    serving, soak, speculation,
 };
 use clap::Parser;
 use serde::Serialize;
@@ -46,7 +47,7 @@ struct Options {
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<()> {
     let options = Options::parse();
-    let names = page::SECTIONS.map(|(name, ..)| name);
+    let names = page::SECTIONS.map(|section| section.name);
     for part in &options.only {
         ensure!(
             names.contains(&part.as_str()),
@@ -74,19 +75,40 @@ async fn main() -> Result<()> {
         quick: options.quick,
         rounds: if options.quick { 1 } else { options.rounds },
     };
-    for part in names {
-        let wanted = match options.only.as_slice() {
-            [] => part != "soak",
-            only => only.iter().any(|p| p == part),
-        };
-        if !wanted {
-            continue;
-        }
+    let wanted = |part: &str| match options.only.as_slice() {
+        [] => part != page::SOAK,
+        only => only.iter().any(|p| p == part),
+    };
+    let parts = page::SECTIONS
+        .into_iter()
+        .filter(|section| wanted(section.name));
+    let parts: Vec<_> = parts
+        .map(|section| (section.name, section.minutes(&docs.join("benchmarks"))))
+        .collect();
+    if !options.quick {
+        let each: Vec<String> = parts
+            .iter()
+            .map(|(part, minutes)| format!("{part} {minutes:.0}"))
+            .collect();
+        let all: f64 = parts.iter().map(|(_, minutes)| minutes).sum();
+        eprintln!("About {all:.0} minutes: {}", each.join(", "));
+    }
+    for (part, _) in parts {
         eprintln!("== {part}");
+        let start = Instant::now();
         // A part that fails keeps its last result and lets the others run.
-        if let Err(error) = run(part, &setting, options.soak_s).await {
-            eprintln!("{part} was not measured: {error:#}");
+        match run(part, &setting, options.soak_s).await {
+            Ok(()) => eprintln!(
+                "{part}: {:.1} minutes",
+                start.elapsed().as_secs_f64() / 60.0
+            ),
+            Err(error) => eprintln!(
+                "{part} was not measured, after {:.1} minutes: {error:#}",
+                start.elapsed().as_secs_f64() / 60.0
+            ),
         }
+        // After each, so that a run that is cut short leaves what it measured.
+        page::write(&page, &setting.results)?;
     }
     page::write(&page, &setting.results)?;
     if options.quick {
@@ -96,25 +118,47 @@ async fn main() -> Result<()> {
 }
 
 async fn run(part: &str, setting: &Setting, soak_s: u64) -> Result<()> {
-    let from = Provenance::now(&setting.root, setting.threads);
+    let (from, start) = (
+        Provenance::now(&setting.root, setting.threads),
+        Instant::now(),
+    );
+    let run = Run {
+        setting,
+        part,
+        from,
+        start,
+    };
     match part {
-        "engine" => keep(setting, part, from, engine::run(setting)),
-        "serving" => keep(setting, part, from, serving::run(setting).await?),
-        "collectives" => keep(setting, part, from, collectives::run(setting)?),
-        "fairness" => keep(setting, part, from, fairness::run(setting).await?),
-        "isolation" => keep(setting, part, from, isolation::run(setting).await?),
-        "constrained" => keep(setting, part, from, constrained::run(setting).await?),
-        "soak" => {
+        "engine" => run.keep(engine::run(setting)),
+        "serving" => run.keep(serving::run(setting).await?),
+        "collectives" => run.keep(collectives::run(setting)?),
+        "fairness" => run.keep(fairness::run(setting).await?),
+        "isolation" => run.keep(isolation::run(setting).await?),
+        "constrained" => run.keep(constrained::run(setting)?),
+        "speculation" => run.keep(speculation::run(setting)?),
+        page::SOAK => {
             let seconds = if setting.quick { 20 } else { soak_s };
             let result = soak::run(setting, seconds).await?;
             let picture = soak::picture(&result)?;
             std::fs::write(setting.results.join("soak.svg"), picture)?;
-            keep(setting, part, from, result)
+            run.keep(result)
         }
         other => unreachable!("{other} was checked"),
     }
 }
 
-fn keep<T: Serialize>(setting: &Setting, part: &str, from: Provenance, result: T) -> Result<()> {
-    report::keep(&setting.results, part, from, result).context("the result cannot be kept")
+/// A part that runs.
+struct Run<'a> {
+    setting: &'a Setting,
+    part: &'a str,
+    from: Provenance,
+    start: Instant,
+}
+
+impl Run<'_> {
+    fn keep<T: Serialize>(mut self, result: T) -> Result<()> {
+        self.from.seconds = self.start.elapsed().as_secs_f64();
+        report::keep(&self.setting.results, self.part, self.from, result)
+            .context("the result cannot be kept")
+    }
 }

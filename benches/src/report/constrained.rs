@@ -1,114 +1,86 @@
-//! What a schema costs a token: the same model writes JSON under a schema and freely, one stream at a time.
+//! What keeping to a form costs a token: answers of the same model held to a schema and free, in turns, as the program
+//! `constrain` measures them.
 
-use std::time::{Duration, Instant};
+use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
-use futures::StreamExt;
+use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
 
 use super::Setting;
-use crate::server::{Cluster, Server};
+use super::engine::json_of;
 
-/// Milliseconds between tokens.
+/// Most that a form may cost, percent a token.
+const GOAL_PERCENT: f64 = 5.0;
+
+/// All that the program reports.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Constrained {
-    pub model: String,
-    pub free_ms: f64,
-    pub schema_ms: f64,
-    pub tokens: usize,
+    pub vocabulary_tokens: usize,
+    /// What preparing the vocabulary takes, once a model.
+    pub vocabulary_ms: f64,
+    pub free_ms_per_token: f64,
+    /// Of each answer.
+    pub tokens: u32,
+    /// Pairs of a held and a free answer, of each form.
+    pub turns: usize,
+    pub kinds: Vec<Kind>,
 }
 
-/// Measures in turn; the fastest answer of each kind counts.
-pub async fn run(setting: &Setting) -> Result<Constrained> {
-    let cluster = Cluster {
-        binary: setting.verbund.clone(),
-        model: None,
-        ranks: 1,
-        env: Vec::new(),
-    };
-    let server = Server::verbund(&cluster).await?;
-    let tokens = if setting.quick { 16 } else { 200 };
-    // No answer can end before so many items, and there are many ways to go on at each token.
-    let schema = json!({
-        "type": "object",
-        "properties": { "towns": { "type": "array", "minItems": 200, "items": {
-            "type": "object",
-            "properties": { "name": { "type": "string" }, "people": { "type": "integer" } },
-            "required": ["name", "people"], "additionalProperties": false
-        } } },
-        "required": ["towns"], "additionalProperties": false
-    });
-    let format = json!({ "type": "json_schema", "json_schema": { "name": "towns", "strict": true, "schema": schema } });
-    let (mut free_ms, mut schema_ms) = (f64::INFINITY, f64::INFINITY);
-    for _ in 0..2 * setting.rounds {
-        free_ms = free_ms.min(between_ms(&server, tokens, None).await?);
-        schema_ms = schema_ms.min(between_ms(&server, tokens, Some(&format)).await?);
-    }
-    Ok(Constrained {
-        model: "SmolLM2 135M Q4_1".into(),
-        free_ms,
-        schema_ms,
-        tokens,
-    })
+/// A form.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Kind {
+    pub name: String,
+    /// Until its first request is queued, once a form.
+    pub compile_ms: f64,
+    pub ms_per_token: f64,
+    /// Over the free answer of the same turn, in percent: the median of the turns.
+    pub overhead_percent: f64,
 }
 
-/// Mean milliseconds a token, the first one left out: it carries the prompt, and the schema's preparation.
-async fn between_ms(server: &Server, tokens: usize, format: Option<&Value>) -> Result<f64> {
-    let mut body = json!({
-        "model": server.target.model,
-        "messages": [{ "role": "user", "content": "List many towns and how many people live there, as JSON." }],
-        "max_tokens": tokens,
-        "temperature": 0.8,
-        "seed": 3,
-        "stream": true,
-        "stream_options": { "include_usage": true },
-    });
-    if let Some(format) = format {
-        body["response_format"] = format.clone();
-    }
-    let url = format!("{}/v1/chat/completions", server.target.base_url);
-    let request = server.http.post(url).bearer_auth(&server.key).json(&body);
-    let reply = request.timeout(Duration::from_secs(120)).send().await?;
-    let status = reply.status();
+/// Runs the program that stands beside this one, with the small model: the shorter a step, the more a mask weighs.
+pub fn run(setting: &Setting) -> Result<Constrained> {
+    let model = setting.default_model();
     ensure!(
-        status.is_success(),
-        "HTTP {status}: {}",
-        reply.text().await?
+        model.is_file(),
+        "{} is not there; `ops/setup models` fetches it",
+        model.display()
     );
-    let mut bytes = reply.bytes_stream();
-    let (mut text, mut first, mut last) = (String::new(), None, None);
-    while let Some(piece) = bytes.next().await {
-        let piece = piece?;
-        let piece = String::from_utf8_lossy(&piece);
-        if piece.contains("\"content\"") {
-            let now = Instant::now();
-            first.get_or_insert(now);
-            last = Some(now);
-        }
-        text.push_str(&piece);
-    }
-    let usage = text
-        .lines()
-        .filter_map(|l| l.strip_prefix("data: "))
-        .filter_map(|l| serde_json::from_str::<Value>(l).ok())
-        .find_map(|event| event.pointer("/usage/completion_tokens")?.as_u64());
-    let count = usage.context("the stream brought no usage")?;
-    let (first, last) = first.zip(last).context("the stream brought no token")?;
-    ensure!(count > 8, "an answer of {count} tokens says nothing");
-    Ok(1e3 * last.duration_since(first).as_secs_f64() / (count - 1) as f64)
+    let program = std::env::current_exe()?.with_file_name("constrain");
+    let (tokens, turns) = if setting.quick {
+        ("40", "1")
+    } else {
+        ("200", "15")
+    };
+    let mut command = Command::new(program);
+    command
+        .arg("--model")
+        .arg(model)
+        .args(["--threads", &setting.threads.to_string()])
+        .args(["-n", tokens, "--turns", turns]);
+    json_of(&mut command)
 }
 
 /// The table.
 pub fn table(c: &Constrained) -> String {
-    let over = c.schema_ms / c.free_ms - 1.0;
-    format!(
-        "{}, one stream, {} tokens.\n\n| free | under a schema | overhead | goal |\n| ---: | ---: | ---: | ---: |\n| {:.2} ms a token | {:.2} ms a token | {:.1} % | ≤ 5 % {} |\n",
-        c.model,
-        c.tokens,
-        c.free_ms,
-        c.schema_ms,
-        100.0 * over,
-        if over <= 0.05 { "✓" } else { "✗" }
-    )
+    let mut text = format!(
+        "SmolLM2 135M Q4_1, one stream without speculation, {} tokens an answer; {} pairs of a held and a free answer in turns, the \
+         median of their ratios. Free: {:.2} ms a token. Preparing the vocabulary of {} tokens takes {:.0} ms, once a model.\n\n\
+         | form | compiled, once | a token | overhead | goal |\n| --- | ---: | ---: | ---: | ---: |\n",
+        c.tokens, c.turns, c.free_ms_per_token, c.vocabulary_tokens, c.vocabulary_ms
+    );
+    for kind in &c.kinds {
+        text.push_str(&format!(
+            "| {} | {:.1} ms | {:.2} ms | {:.1} % | ≤ {GOAL_PERCENT} % {} |\n",
+            kind.name,
+            kind.compile_ms,
+            kind.ms_per_token,
+            kind.overhead_percent,
+            if kind.overhead_percent <= GOAL_PERCENT {
+                "✓"
+            } else {
+                "✗"
+            }
+        ));
+    }
+    text
 }

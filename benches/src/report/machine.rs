@@ -18,6 +18,9 @@ pub struct Provenance {
     pub day: String,
     /// Processes that wanted to run in the minute before the part began (1-minute load average).
     pub load_before: f64,
+    /// What the part took; 0 where it was not noted.
+    #[serde(default)]
+    pub seconds: f64,
 }
 
 impl Provenance {
@@ -56,13 +59,14 @@ impl Provenance {
             },
             day: said("date", &["-u", "+%F"]),
             load_before: load(),
+            seconds: 0.0,
         }
     }
 
     /// One line under a table.
     pub fn line(&self) -> String {
         format!(
-            "*{}, {} cores, {}, {:.0} GiB, {} threads; commit {}, {}; load average {:.1} when it began{}.*",
+            "*{}, {} cores, {}, {:.0} GiB, {} threads; commit {}, {}; load average {:.1} when it began{}{}.*",
             self.cpu,
             self.cores,
             self.isa,
@@ -71,6 +75,10 @@ impl Provenance {
             self.commit,
             self.day,
             self.load_before,
+            match self.seconds {
+                0.0 => String::new(),
+                seconds => format!(", {:.1} minutes", seconds / 60.0),
+            },
             if self.load_before > 0.5 * self.cores as f64 {
                 " — **the machine was busy with other work**"
             } else {

@@ -13,6 +13,7 @@ pub mod machine;
 pub mod page;
 pub mod serving;
 pub mod soak;
+pub mod speculation;
 
 use std::path::{Path, PathBuf};
 

@@ -6,46 +6,88 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde::de::DeserializeOwned;
 
-use super::collectives::{self, Collectives};
-use super::constrained::{self, Constrained};
 use super::engine::{self, Engine};
-use super::fairness::{self, Fairness};
-use super::isolation::{self, Isolation};
-use super::kept;
-use super::serving::{self, Serving};
-use super::soak::{self, Soak};
+use super::{collectives, constrained, fairness, isolation, kept, serving, soak, speculation};
 
-/// A part: its name on the command line, the heading above its table, and the table of a result.
-type Section = (&'static str, &'static str, fn(&Path) -> Option<String>);
+/// A part.
+pub struct Section {
+    /// On the command line, and of its result's file.
+    pub name: &'static str,
+    heading: &'static str,
+    /// What it takes on two cores, until a run on this machine tells better.
+    minutes: f64,
+    /// The table of the result that is kept.
+    table: fn(&Path) -> Option<String>,
+}
 
 /// Every part, in the order in which they are run and shown.
-pub const SECTIONS: [Section; 7] = [
-    ("engine", "One process beside llama.cpp", |f| {
-        section(f, "engine", |e: &Engine| {
-            format!("{}\n{}", engine::limits(e), engine::table(e))
-        })
-    }),
-    (
-        "serving",
-        "Streaming clients beside llama.cpp's server",
-        |f| section(f, "serving", |s: &Serving| serving::table(s)),
-    ),
-    ("collectives", "Several ranks", |f| {
-        section(f, "collectives", |c: &Collectives| collectives::table(c))
-    }),
-    ("fairness", "One tenant floods", |f| {
-        section(f, "fairness", |x: &Fairness| fairness::table(x))
-    }),
-    ("isolation", "What one tenant can tell of another", |f| {
-        section(f, "isolation", |i: &Isolation| isolation::table(i))
-    }),
-    ("constrained", "JSON under a schema", |f| {
-        section(f, "constrained", |c: &Constrained| constrained::table(c))
-    }),
-    ("soak", "A quarter of an hour at saturation", |f| {
-        section(f, "soak", |s: &Soak| soak::table(s))
-    }),
+pub const SECTIONS: [Section; 8] = [
+    Section {
+        name: "engine",
+        heading: "One process beside llama.cpp",
+        minutes: 14.0,
+        table: |f| {
+            section(f, "engine", |e: &Engine| {
+                format!("{}\n{}", engine::limits(e), engine::table(e))
+            })
+        },
+    },
+    Section {
+        name: "serving",
+        heading: "Streaming clients beside llama.cpp's server",
+        minutes: 3.0,
+        table: |f| section(f, "serving", serving::table),
+    },
+    Section {
+        name: "collectives",
+        heading: "Several ranks",
+        minutes: 7.0,
+        table: |f| section(f, "collectives", collectives::table),
+    },
+    Section {
+        name: "fairness",
+        heading: "One tenant floods",
+        minutes: 6.0,
+        table: |f| section(f, "fairness", fairness::table),
+    },
+    Section {
+        name: "isolation",
+        heading: "What one tenant can tell of another",
+        minutes: 4.0,
+        table: |f| section(f, "isolation", isolation::table),
+    },
+    Section {
+        name: "constrained",
+        heading: "Answers held to a form",
+        minutes: 2.0,
+        table: |f| section(f, "constrained", constrained::table),
+    },
+    Section {
+        name: "speculation",
+        heading: "Guessing ahead",
+        minutes: 5.0,
+        table: |f| section(f, "speculation", speculation::table),
+    },
+    Section {
+        name: SOAK,
+        heading: "A quarter of an hour at saturation",
+        minutes: 16.0,
+        table: |f| section(f, SOAK, soak::table),
+    },
 ];
+
+/// The part that runs only where it is asked for.
+pub const SOAK: &str = "soak";
+
+impl Section {
+    /// Minutes that it will take: what its last run in `folder` took.
+    pub fn minutes(&self, folder: &Path) -> f64 {
+        kept::<serde::de::IgnoredAny>(folder, self.name)
+            .map(|kept| kept.provenance.seconds / 60.0)
+            .filter(|&minutes| minutes > 0.0)
+            .unwrap_or(self.minutes)
+    }
+}
 
 fn section<T: DeserializeOwned>(
     folder: &Path,
@@ -73,11 +115,11 @@ mixtures of formats. ✓ and ✗ say whether a goal of the project was met in th
 
 ## How to measure
 
-    make bench                                  # everything but the soak, on an otherwise idle machine
+    make bench                                  # everything but the soak, about 45 minutes of an otherwise idle machine
     make bench ONLY=engine,serving              # some parts; the others keep their last result
     make bench ONLY=soak                        # a quarter of an hour
     verbund bench --model F --threads 2 -p 512 -n 64 --json
-    cargo bench --locked --workspace            # single kernels, attention, sampling, tokenizer, scheduler
+    cargo bench --locked --workspace            # single kernels, attention, sampling, tokenizer, a step's plan
 
 Candle chooses its kernels when it is compiled, so its program needs `RUSTFLAGS=-Ctarget-cpu=native` and a target directory of
 its own: `cargo build --locked --workspace --features benches/candle --bin engine`, then `make bench CANDLE=path/to/engine`.
@@ -86,11 +128,11 @@ its own: `cargo build --locked --workspace --features benches/candle --bin engin
 /// Writes the page from all results in `folder`.
 pub fn write(page: &Path, folder: &Path) -> Result<()> {
     let mut text = INTRODUCTION.to_owned();
-    for (part, heading, table) in SECTIONS {
-        writeln!(text, "\n## {heading}\n")?;
-        match table(folder) {
+    for part in SECTIONS {
+        writeln!(text, "\n## {}\n", part.heading)?;
+        match (part.table)(folder) {
             Some(table) => text.push_str(&table),
-            None => writeln!(text, "Not measured yet; `make bench ONLY={part}`.")?,
+            None => writeln!(text, "Not measured yet; `make bench ONLY={}`.", part.name)?,
         }
     }
     std::fs::write(page, text).with_context(|| format!("{}", page.display()))
@@ -99,6 +141,7 @@ pub fn write(page: &Path, folder: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::report::constrained::{Constrained, Kind};
     use crate::report::{Provenance, keep};
 
     #[test]
@@ -106,15 +149,23 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let page = folder.path().join("benchmarks.md");
         let result = Constrained {
-            model: "small".into(),
-            free_ms: 10.0,
-            schema_ms: 10.2,
-            tokens: 50,
+            vocabulary_tokens: 49_152,
+            vocabulary_ms: 80.0,
+            free_ms_per_token: 4.0,
+            tokens: 200,
+            turns: 9,
+            kinds: vec![Kind {
+                name: "records".into(),
+                compile_ms: 3.0,
+                ms_per_token: 4.1,
+                overhead_percent: 2.5,
+            }],
         };
         let provenance = Provenance {
             cpu: "a processor".into(),
             cores: 2,
             load_before: 9.0,
+            seconds: 90.0,
             ..Provenance::default()
         };
         keep(folder.path(), "constrained", provenance, result).unwrap();
@@ -125,8 +176,14 @@ mod tests {
         .unwrap();
         write(&page, folder.path()).unwrap();
         let text = std::fs::read_to_string(&page).unwrap();
-        assert!(text.contains("| 10.00 ms a token | 10.20 ms a token | 2.0 % | ≤ 5 % ✓ |"));
+        assert!(text.contains("| records | 3.0 ms | 4.10 ms | 2.5 % | ≤ 5 % ✓ |"));
         assert!(text.contains("a processor, 2 cores") && text.contains("was busy"));
         assert!(text.contains("make bench ONLY=soak`"));
+        let minutes = |name| {
+            let mut all = SECTIONS.into_iter();
+            all.find(|s| s.name == name).unwrap().minutes(folder.path())
+        };
+        assert_eq!(minutes("constrained"), 1.5);
+        assert_eq!(minutes("soak"), 16.0);
     }
 }

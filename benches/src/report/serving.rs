@@ -28,12 +28,14 @@ pub struct Serving {
     pub model: String,
     pub prompt: usize,
     pub answer: usize,
+    /// What the peer's server is.
+    pub peer: String,
     pub rows: Vec<Row>,
     /// Why the peer is missing.
     pub no_peer: Option<String>,
 }
 
-/// Starts both servers in turn, and keeps the run with the most tokens a second of each.
+/// Starts both servers in turn, and keeps the run with the most tokens a second of each number of clients.
 pub async fn run(setting: &Setting) -> Result<Serving> {
     let (model, name): (PathBuf, _) = if setting.quick {
         (setting.shape("llama-tiny-shape.Q8_0.gguf"), "tiny Q8_0")
@@ -49,23 +51,35 @@ pub async fn run(setting: &Setting) -> Result<Serving> {
         model: name.into(),
         prompt: 132,
         answer: if setting.quick { 8 } else { 64 },
+        peer: if setting.peer_server.is_file() {
+            "llama.cpp".into()
+        } else {
+            "llama-cpp-python".into()
+        },
         rows: Vec::new(),
         no_peer: None,
     };
-    for clients in [1, CLIENTS] {
-        let (mut ours, mut peer): (Option<Summary>, Option<Summary>) = (None, None);
-        for round in 0..setting.rounds {
-            let seed = (round * 100 + clients) as u64;
-            let cluster = Cluster {
-                binary: setting.verbund.clone(),
-                model: Some(&model),
-                ranks: 1,
-                env: Vec::new(),
-            };
-            let server = Server::verbund(&cluster).await?;
-            better(&mut ours, burst(&server, clients, &serving, seed).await?);
-            drop(server);
-            let positions = CLIENTS * (serving.prompt + serving.answer + 64);
+    const COUNTS: [usize; 2] = [1, CLIENTS];
+    let (mut ours, mut peer) = <([Option<Summary>; 2], [Option<Summary>; 2])>::default();
+    let cluster = Cluster {
+        binary: setting.verbund.clone(),
+        model: Some(&model),
+        ranks: 1,
+        env: Vec::new(),
+    };
+    // A slot has room for its prompt and answer, in the multiple that llama.cpp takes.
+    let positions = CLIENTS * (serving.prompt + serving.answer + 1).next_multiple_of(256);
+    for round in 0..setting.rounds {
+        let seed = |clients: usize| (round * 100 + clients) as u64;
+        let server = Server::verbund(&cluster).await?;
+        for (best, clients) in ours.iter_mut().zip(COUNTS) {
+            better(
+                best,
+                burst(&server, clients, &serving, seed(clients)).await?,
+            );
+        }
+        drop(server);
+        let beside = async {
             let server = Server::llama_cpp(
                 &setting.peer_server,
                 &setting.peer_python,
@@ -73,13 +87,21 @@ pub async fn run(setting: &Setting) -> Result<Serving> {
                 setting.threads,
                 CLIENTS,
                 positions,
-            );
-            let run = async { burst(&server.await?, clients, &serving, seed).await };
-            match run.await {
-                Ok(summary) => better(&mut peer, summary),
-                Err(error) => serving.no_peer = Some(format!("{error:#}")),
+            )
+            .await?;
+            for (best, clients) in peer.iter_mut().zip(COUNTS) {
+                better(
+                    best,
+                    burst(&server, clients, &serving, seed(clients)).await?,
+                );
             }
+            anyhow::Ok(())
+        };
+        if let Err(error) = beside.await {
+            serving.no_peer = Some(format!("{error:#}"));
         }
+    }
+    for ((ours, peer), clients) in ours.into_iter().zip(peer).zip(COUNTS) {
         serving.rows.push(Row {
             clients,
             ours: ours.context("no round was run")?,
@@ -143,7 +165,7 @@ async fn burst(server: &Server, clients: usize, serving: &Serving, seed: u64) ->
 /// The table.
 pub fn table(serving: &Serving) -> String {
     let mut text = format!(
-        "{}, prompts of {} tokens, {} tokens of answer each, all clients at the same moment. \"Longest gap\" is the longest wait of any stream between two tokens.\n\n| clients | server | tokens/s | first token, median | between tokens, median | longest gap |\n| ---: | --- | ---: | ---: | ---: | ---: |\n",
+        "{}, prompts of {} tokens, {} tokens of answer each, all clients at the same moment. Ours is a whole cluster with its gateway; llama.cpp's server has {CLIENTS} slots, continuous batching and its prompt cache. \"Longest gap\" is the longest wait of any stream between two tokens.\n\n| clients | server | tokens/s | first token, median | between tokens, median | longest gap |\n| ---: | --- | ---: | ---: | ---: | ---: |\n",
         serving.model, serving.prompt, serving.answer
     );
     for row in &serving.rows {
@@ -159,7 +181,7 @@ pub fn table(serving: &Serving) -> String {
         };
         line("ours", &row.ours);
         if let Some(peer) = &row.peer {
-            line("llama.cpp", peer);
+            line(&serving.peer, peer);
             let (ours, peer) = (&row.ours.all, &peer.all);
             let (rate, first) = (
                 ours.tokens_per_s / peer.tokens_per_s,

@@ -66,6 +66,11 @@ pub struct Setting {
 }
 
 impl Transport {
+    /// Whether large sums take so long on it that few can be timed.
+    pub fn is_slow(self) -> bool {
+        matches!(self, Transport::Line(line) if line.bits_per_s < 5e9)
+    }
+
     pub fn name(self) -> String {
         match self {
             Transport::Shm => "shm".into(),

@@ -25,6 +25,9 @@ const SIZES: [usize; 8] = [
     4 << 20,
     16 << 20,
 ];
+/// Largest sum over a slow line: each call takes its time whatever is measured, and larger ones follow the same line.
+const SLOW_BYTES: usize = 4 << 20;
+const RANKS: [usize; 3] = [2, 3, 4];
 /// Time for the calls of one cell, about.
 const BUDGET: Duration = Duration::from_millis(60);
 /// What a rank may add to the way of a small message.
@@ -34,9 +37,12 @@ const SMALL_BYTES: usize = 64 << 10;
 
 #[derive(Args)]
 pub struct Options {
-    /// Fewer sizes, formats and lines: under 40 seconds
+    /// Fewer sizes, formats and lines: under a minute
     #[arg(long)]
     quick: bool,
+    /// Begin no further group after so many seconds; what is left out is said
+    #[arg(long, default_value_t = 1200, value_name = "SECONDS")]
+    most_s: u64,
     /// Only this many ranks
     #[arg(long)]
     ranks: Option<usize>,
@@ -52,8 +58,8 @@ pub struct Options {
     /// Tables; on standard output when absent
     #[arg(long, value_name = "FILE")]
     markdown: Option<PathBuf>,
-    /// A picture over message size
-    #[arg(long, value_name = "FILE")]
+    /// Pictures over message size, as allreduce-2.svg for 2 ranks, in this folder
+    #[arg(long, value_name = "FOLDER")]
     svg: Option<PathBuf>,
 }
 
@@ -78,14 +84,20 @@ pub fn run(options: &Options) -> Result<()> {
         {
             continue;
         }
-        for ranks in 2..=4 {
-            if options.ranks.is_some_and(|only| only != ranks) || options.quick && ranks == 4 {
+        for ranks in RANKS {
+            if options.ranks.is_some_and(|only| only != ranks) {
+                continue;
+            }
+            if start.elapsed() > Duration::from_secs(options.most_s) {
+                let most_s = options.most_s;
+                left_out.push(format!("{ranks} ranks, {name}: {most_s} s were over"));
                 continue;
             }
             let settings = settings(transport, options.quick);
             let sizes: Vec<usize> = SIZES
                 .into_iter()
                 .filter(|&size| !options.quick || [4 << 10, 64 << 10, 1 << 20].contains(&size))
+                .filter(|&size| !transport.is_slow() || size <= SLOW_BYTES)
                 .collect();
             match measure::group(
                 transport,
@@ -113,8 +125,13 @@ pub fn run(options: &Options) -> Result<()> {
     if let Some(path) = &options.json {
         write(path, &serde_json::to_string_pretty(&report)?)?;
     }
-    if let Some(path) = &options.svg {
-        write(path, &picture(&report.cells)?)?;
+    if let Some(folder) = &options.svg {
+        for ranks in RANKS {
+            if report.cells.iter().any(|c| c.ranks == ranks) {
+                let path = folder.join(format!("allreduce-{ranks}.svg"));
+                write(&path, &picture(&report.cells, ranks)?)?;
+            }
+        }
     }
     let text = markdown(&report);
     match &options.markdown {
@@ -130,7 +147,7 @@ fn transports(quick: bool) -> Vec<Transport> {
     let mut all = vec![Transport::Shm, Transport::Loopback];
     for delay_ms in DELAYS_MS {
         for gbit in RATES_GBIT {
-            if quick && (delay_ms, gbit) != (0.2, 1.0) && (delay_ms, gbit) != (0.05, 10.0) {
+            if quick && (delay_ms, gbit) != (0.05, 10.0) {
                 continue;
             }
             all.push(Transport::Line(Line {
@@ -201,7 +218,7 @@ fn markdown(report: &Report) -> String {
             ""
         }
     );
-    for ranks in 2..=4 {
+    for ranks in RANKS {
         let of = |c: &&Cell| c.ranks == ranks && c.format == "exact" && c.encrypted;
         let mut names: Vec<&str> = Vec::new();
         let mut sizes: Vec<usize> = Vec::new();
@@ -312,7 +329,7 @@ fn encryption(out: &mut String, cells: &[Cell]) {
             };
             Some(format!("{:.0} → {:.0}", median(false)?, median(true)?))
         };
-        let pairs = [2, 3, 4].map(|ranks| pair(ranks).unwrap_or_else(|| "–".into()));
+        let pairs = RANKS.map(|ranks| pair(ranks).unwrap_or_else(|| "–".into()));
         if pairs.iter().any(|p| p != "–") {
             let _ = writeln!(out, "| {} | {} |", size(bytes), pairs.join(" | "));
         }
@@ -327,7 +344,7 @@ fn small(out: &mut String, cells: &[Cell]) {
             c.bytes <= SMALL_BYTES && c.format != "bare" && c.encrypted && c.gbit_per_s.is_some()
         })
     };
-    for ranks in 2..=4 {
+    for ranks in RANKS {
         let of = || small().filter(|c| c.ranks == ranks);
         let floor = |c: &Cell| c.floor_us.unwrap_or(f64::NAN) + ALLOWED_US;
         let count = of().count();
@@ -355,42 +372,47 @@ fn size(bytes: usize) -> String {
     }
 }
 
-/// Medians of exact sums over size: a line for each kind of connection, its floor dashed.
-fn picture(cells: &[Cell]) -> Result<String> {
+/// Medians of exact sums over size: a line for each kind of connection, the floors of those with a rate dashed.
+fn picture(cells: &[Cell], ranks: usize) -> Result<String> {
     let mut series: Vec<Series> = Vec::new();
-    let shown = ["shm", "loopback", "0.05 ms, 10 Gbit/s", "1 ms, 1 Gbit/s"];
+    let shown = [
+        "shm",
+        "loopback",
+        "0.05 ms, 10 Gbit/s",
+        "0.2 ms, 1 Gbit/s",
+        "1 ms, 1 Gbit/s",
+    ];
     for name in shown {
-        for ranks in [2, 4] {
-            let of = || {
-                cells.iter().filter(move |c| {
-                    (c.ranks, c.transport.as_str()) == (ranks, name)
-                        && c.format == "exact"
-                        && c.encrypted
-                })
-            };
-            let line = |dashed: bool, points: Vec<(f64, f64)>| Series {
-                name: format!(
-                    "{name}, {ranks} ranks{}",
-                    if dashed { ", floor" } else { "" }
-                ),
-                points,
-                dashed,
-            };
-            if of().next().is_none() {
-                continue;
-            }
-            series.push(line(
-                false,
-                of().map(|c| (c.bytes as f64, c.median_us)).collect(),
-            ));
-            if ranks == 2 && name.contains("Gbit") {
-                let floors = of().filter_map(|c| Some((c.bytes as f64, c.floor_us?)));
-                series.push(line(true, floors.collect()));
-            }
+        let of: Vec<&Cell> = cells
+            .iter()
+            .filter(|c| {
+                (c.ranks, c.transport.as_str()) == (ranks, name)
+                    && c.format == "exact"
+                    && c.encrypted
+            })
+            .collect();
+        if of.is_empty() {
+            continue;
+        }
+        let measured = of.iter().map(|c| (c.bytes as f64, c.median_us));
+        series.push(Series {
+            name: name.into(),
+            points: measured.collect(),
+            dashed: false,
+        });
+        if name.contains("Gbit") {
+            let floors = of
+                .iter()
+                .filter_map(|c| Some((c.bytes as f64, c.floor_us?)));
+            series.push(Series {
+                name: format!("{name}, floor"),
+                points: floors.collect(),
+                dashed: true,
+            });
         }
     }
     plot::lines(
-        "All-reduce, exact, encrypted: median",
+        &format!("All-reduce of {ranks} ranks, exact, encrypted: median"),
         "bytes of the summed numbers as f32",
         "µs",
         true,

@@ -15,11 +15,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use benches::report::speculation::{QUOTES, Row, Speculation as Report};
 use clap::Parser;
 use kernels::{Cpu, Isa};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::json;
-use worker::client::{Event, GenerateRequest};
+use worker::client::{Event, GenerateRequest, Sampling};
 use worker::collective::Local;
 use worker::engine::{Drafter, Engine, EngineConfig, Stepper};
 use worker::file::ModelFile;
@@ -32,6 +33,8 @@ use worker::speculation::Speculation;
 const CONTEXT: usize = 1024;
 /// Characters of a passage, about as retrieval gives in one chunk or two.
 const PASSAGE_CHARS: usize = 1600;
+/// Tokens, all rounds together, from which on an answer's own ratio says something.
+const LEAST_TOKENS: usize = 32;
 const ANSWERS: &str = include_str!("answers.jsonl");
 /// Questions that no source is given for.
 const OPEN: [&str; 6] = [
@@ -99,32 +102,39 @@ struct Example {
 }
 
 /// What came out for one kind of answer.
-#[derive(Debug, Default, Serialize)]
-struct Row {
-    answers: usize,
-    /// Tokens whose time was taken: the first of each answer belongs to its prompt.
-    tokens: usize,
-    plain_tokens_per_s: f64,
-    speculating_tokens_per_s: f64,
-    /// Speculating over plain, all answers together; over 1 is faster.
-    ratio: f64,
-    lowest_ratio: f64,
+#[derive(Debug, Default)]
+struct Sums {
+    /// Tokens, and seconds plain and speculating, of each answer, its rounds together.
+    answers: BTreeMap<usize, (usize, f64, f64)>,
     drafts_right: u64,
     drafts_wrong: u64,
-    #[serde(skip)]
-    plain_s: f64,
-    #[serde(skip)]
-    speculating_s: f64,
 }
 
-#[derive(Serialize)]
-struct Report {
-    threads: usize,
-    isa: String,
-    /// Of the machine when it began and when it ended, over one minute.
-    load: [f64; 2],
-    /// By model and kind of answer.
-    rows: BTreeMap<String, BTreeMap<String, Row>>,
+impl Sums {
+    fn row(&self) -> Row {
+        let ratio = |plain: f64, speculating: f64| plain / speculating;
+        let (mut tokens, mut plain, mut speculating) = (0, 0.0, 0.0);
+        let mut lowest: Option<f64> = None;
+        for &(count, without, with) in self.answers.values() {
+            tokens += count;
+            plain += without;
+            speculating += with;
+            if count >= LEAST_TOKENS {
+                let one = ratio(without, with);
+                lowest = Some(lowest.map_or(one, |least| least.min(one)));
+            }
+        }
+        Row {
+            answers: self.answers.len(),
+            tokens,
+            plain_tokens_per_s: tokens as f64 / plain,
+            speculating_tokens_per_s: tokens as f64 / speculating,
+            ratio: ratio(plain, speculating),
+            lowest_ratio: lowest.unwrap_or(ratio(plain, speculating)),
+            drafts_right: self.drafts_right,
+            drafts_wrong: self.drafts_wrong,
+        }
+    }
 }
 
 fn main() -> Result<()> {
@@ -145,20 +155,17 @@ fn main() -> Result<()> {
 
     let small = Bench::start(&options.model, options.threads)?;
     let mut said = Vec::new();
-    let [mut own, mut dictated, mut sampled] = [Row::default(), Row::default(), Row::default()];
+    let [mut own, mut dictated, mut sampled] = <[Sums; 3]>::default();
     for round in 0..options.rounds {
         for (i, (prompt, answer)) in quoting.iter().enumerate() {
-            small.compare(&chat(prompt, &options, None), None, round + i, &mut own)?;
-            small.compare(
-                &text(prompt, &options),
-                Some(answer),
-                round + i,
-                &mut dictated,
-            )?;
+            let request = chat(prompt, &options, None);
+            small.compare(&request, None, (round, i), &mut own)?;
+            let request = text(prompt, &options);
+            small.compare(&request, Some(answer), (round, i), &mut dictated)?;
         }
         for (i, question) in open.iter().enumerate() {
             let request = chat(question, &options, Some(i));
-            let answer = small.compare(&request, None, round + i, &mut sampled)?;
+            let answer = small.compare(&request, None, (round, i), &mut sampled)?;
             if round == 0 {
                 said.push((*question, answer));
             }
@@ -168,37 +175,29 @@ fn main() -> Result<()> {
         path.file_stem()
             .map_or_else(String::new, |n| n.to_string_lossy().into_owned())
     };
-    let kinds = [("own words", own), ("quotes", dictated), ("open", sampled)];
+    let kinds = [("own words", own), (QUOTES, dictated), ("open", sampled)];
     rows.insert(
         name(&options.model),
-        kinds.map(|(k, r)| (k.to_owned(), r)).into(),
+        kinds.map(|(k, sums)| (k.to_owned(), sums.row())).into(),
     );
     drop(small);
 
     let large = Bench::start(&options.shape, options.threads)?;
-    let [mut quotes, mut open] = [Row::default(), Row::default()];
+    let [mut quotes, mut open] = <[Sums; 2]>::default();
     for round in 0..options.rounds {
         for (i, (prompt, answer)) in quoting.iter().enumerate() {
-            large.compare(
-                &text(prompt, &options),
-                Some(answer),
-                round + i,
-                &mut quotes,
-            )?;
+            let request = text(prompt, &options);
+            large.compare(&request, Some(answer), (round, i), &mut quotes)?;
         }
         for (i, (question, answer)) in said.iter().enumerate() {
-            large.compare(
-                &text(question, &options),
-                Some(answer),
-                round + i,
-                &mut open,
-            )?;
+            let request = text(question, &options);
+            large.compare(&request, Some(answer), (round, i), &mut open)?;
         }
     }
-    let kinds = [("quotes", quotes), ("open", open)];
+    let kinds = [(QUOTES, quotes), ("open", open)];
     rows.insert(
         name(&options.shape),
-        kinds.map(|(k, r)| (k.to_owned(), r)).into(),
+        kinds.map(|(k, sums)| (k.to_owned(), sums.row())).into(),
     );
 
     let report = Report {
@@ -281,16 +280,18 @@ fn chat(prompt: &str, options: &Options, seed: Option<usize>) -> serde_json::Val
 
 /// As a gateway sends it; through JSON, because the engine's caller needs no type of the coordinator's then.
 fn request(prompt: serde_json::Value, options: &Options, seed: Option<usize>) -> serde_json::Value {
+    let sampling = Sampling {
+        temperature: if seed.is_some() { 0.8 } else { 0.0 },
+        top_p: 0.95,
+        seed: seed.map(|seed| seed as u64),
+        ..Sampling::default()
+    };
     json!({
         "tenant": "bench",
         "model": "bench",
         "prompt": prompt,
         "max_tokens": options.tokens,
-        "sampling": {
-            "temperature": if seed.is_some() { 0.8 } else { 0.0 },
-            "top_p": 0.95, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
-            "presence_penalty": 0.0, "frequency_penalty": 0.0, "seed": seed,
-        },
+        "sampling": sampling,
         "stop": [],
         "echo": false,
         "priority": "Interactive",
@@ -357,17 +358,18 @@ impl Bench {
         })
     }
 
-    /// Runs the request both ways, in an order that changes with `turn`, and adds to `row`. Returns the answer's text.
+    /// Runs the request both ways, in an order that changes from answer to answer and from round to round, and adds to `sums`.
+    /// Returns the answer's text.
     fn compare(
         &self,
         request: &serde_json::Value,
         answer: Option<&str>,
-        turn: usize,
-        row: &mut Row,
+        (round, number): (usize, usize),
+        sums: &mut Sums,
     ) -> Result<String> {
         let mut seconds = [0.0; 2];
         let mut texts: [(String, usize); 2] = Default::default();
-        for speculating in if turn.is_multiple_of(2) {
+        for speculating in if (round + number).is_multiple_of(2) {
             [false, true]
         } else {
             [true, false]
@@ -379,27 +381,16 @@ impl Bench {
             let which = usize::from(speculating);
             (texts[which], seconds[which]) = self.run(request, answer)?;
             let after = counts();
-            row.drafts_right += after[0] - before[0];
-            row.drafts_wrong += after[1] - before[1];
+            sums.drafts_right += after[0] - before[0];
+            sums.drafts_wrong += after[1] - before[1];
         }
         if texts[0] != texts[1] {
             bail!("speculation changed an answer: {texts:?}");
         }
         let [plain, speculating] = seconds;
         let tokens = texts[0].1.saturating_sub(1);
-        let lowest = if row.answers == 0 {
-            f64::INFINITY
-        } else {
-            row.lowest_ratio
-        };
-        row.answers += 1;
-        row.tokens += tokens;
-        row.plain_s += plain;
-        row.speculating_s += speculating;
-        row.plain_tokens_per_s = row.tokens as f64 / row.plain_s;
-        row.speculating_tokens_per_s = row.tokens as f64 / row.speculating_s;
-        row.ratio = row.plain_s / row.speculating_s;
-        row.lowest_ratio = lowest.min(plain / speculating);
+        let sum = sums.answers.entry(number).or_default();
+        *sum = (sum.0 + tokens, sum.1 + plain, sum.2 + speculating);
         let [(text, _), _] = texts;
         Ok(text)
     }
