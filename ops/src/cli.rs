@@ -33,6 +33,8 @@ pub struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Run a whole cluster on this machine, with a demo tenant
+    ///
+    /// Variables as VERBUND_WORKER_MAX_WAITING=2000 reach all its nodes; ops/examples/node.toml lists the keys.
     #[command(after_help = "Example:\n  verbund up --data ./demo --port 8080 --ranks 2")]
     Up(Up),
     /// Run one node of a cluster

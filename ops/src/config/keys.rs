@@ -16,6 +16,8 @@ pub enum Kind {
     List,
     /// `key=value` pairs, comma-separated in the environment.
     Map,
+    /// The same with whole numbers as values.
+    Numbers,
 }
 
 impl Kind {
@@ -27,10 +29,14 @@ impl Kind {
             Kind::Number => Value::Integer(text.trim().parse().ok()?),
             Kind::Switch => Value::Boolean(text.trim().parse().ok()?),
             Kind::List => Value::Array(parts().map(|p| Value::String(p.to_owned())).collect()),
-            Kind::Map => {
+            Kind::Map | Kind::Numbers => {
                 let pairs = parts().map(|p| {
-                    p.split_once('=')
-                        .map(|(k, v)| (k.to_owned(), Value::String(v.to_owned())))
+                    let (key, value) = p.split_once('=')?;
+                    let value = match self {
+                        Kind::Numbers => Value::Integer(value.trim().parse().ok()?),
+                        _ => Value::String(value.to_owned()),
+                    };
+                    Some((key.trim().to_owned(), value))
                 });
                 Value::Table(pairs.collect::<Option<_>>()?)
             }
@@ -44,6 +50,7 @@ impl Kind {
             Kind::Switch => "true or false",
             Kind::List => "values separated by commas",
             Kind::Map => "pairs as 1=10.0.0.1:7443, separated by commas",
+            Kind::Numbers => "pairs as musterstadt=2, separated by commas",
         }
     }
 }
@@ -82,6 +89,11 @@ const SECTIONS: [(&str, &[Key]); 5] = [
             key("read_bytes_per_s", Kind::Number),
             key("wire", Kind::Text),
             key("speculate", Kind::Switch),
+            key("max_waiting", Kind::Number),
+            key("mixed_rows", Kind::Number),
+            key("tenant_running", Kind::Number),
+            key("tenant_waiting", Kind::Number),
+            key("tenant_weights", Kind::Numbers),
         ],
     ),
     (

@@ -10,12 +10,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use coordinator::ids::{NodeId, Role};
+use coordinator::ids::{NodeId, Role, TenantId};
 use gateway::GatewayConfig;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 pub use nearest::nearest;
+
+/// Largest share of a tenant: the scheduler's counters divide by it, and beyond they round noticeably.
+pub const MAX_TENANT_WEIGHT: u32 = 1000;
 
 /// What is wrong with a configuration. The text says expected, got, remedy.
 #[derive(Debug, thiserror::Error)]
@@ -117,6 +120,17 @@ pub struct WorkerSection {
     pub wire: worker::collective::Wire,
     /// Whether tokens are guessed ahead where that pays; answers are the same. What rank 0's node says holds for its group.
     pub speculate: bool,
+    /// Requests that may wait in one group; at least 1. As all below, what rank 0's node says holds for its group.
+    pub max_waiting: u32,
+    /// Rows of prompts and guesses in a step in which answers go on; at least 1.
+    pub mixed_rows: u32,
+    /// Requests of one tenant that are answered at once; 0 sets no limit of its own.
+    pub tenant_running: u32,
+    /// Requests of one tenant that may wait; 0 sets no limit of its own.
+    pub tenant_waiting: u32,
+    /// Shares by tenant id, 1 to [`MAX_TENANT_WEIGHT`]; whoever is not named has 1.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub tenant_weights: BTreeMap<String, u32>,
 }
 
 impl Default for WorkerSection {
@@ -129,6 +143,11 @@ impl Default for WorkerSection {
             read_bytes_per_s: 0,
             wire: Default::default(),
             speculate: true,
+            max_waiting: 512,
+            mixed_rows: 64,
+            tenant_running: 0,
+            tenant_waiting: 0,
+            tenant_weights: BTreeMap::new(),
         }
     }
 }
@@ -251,12 +270,39 @@ impl NodeConfig {
                 format!("{key:?}"),
             );
         }
+        for (key, value) in [
+            ("worker.max_waiting", self.worker.max_waiting),
+            ("worker.mixed_rows", self.worker.mixed_rows),
+        ] {
+            if value == 0 {
+                return invalid(key, "at least 1", value.to_string());
+            }
+        }
+        for (tenant, &weight) in &self.worker.tenant_weights {
+            let key = format!("worker.tenant_weights.{tenant}");
+            if let Err(why) = TenantId::new(tenant.as_str()) {
+                let expected = "tenant ids as keys, as in musterstadt = 2";
+                return invalid("worker.tenant_weights", expected, why.to_string());
+            }
+            if !(1..=MAX_TENANT_WEIGHT).contains(&weight) {
+                let expected = format!("1 to {MAX_TENANT_WEIGHT}");
+                return invalid(&key, &expected, weight.to_string());
+            }
+        }
         Ok(())
     }
 
     /// What others dial.
     pub fn advertised(&self) -> SocketAddr {
         self.node.advertise.unwrap_or(self.node.listen)
+    }
+
+    /// The shares of the tenants that are named.
+    pub fn tenant_weights(&self) -> BTreeMap<TenantId, u32> {
+        let weights = self.worker.tenant_weights.iter();
+        weights
+            .filter_map(|(id, &weight)| Some((TenantId::new(id.as_str()).ok()?, weight)))
+            .collect()
     }
 
     /// The first coordinators; `None` on a node that joined a running cluster.

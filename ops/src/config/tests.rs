@@ -50,6 +50,11 @@ fn the_environment_wins() {
         ("VERBUND_NODE_ROLES", "gateway, store"),
         ("VERBUND_WORKER_MEMORY_BYTES", "1024"),
         ("VERBUND_CLUSTER_BOOTSTRAP", "1=127.0.0.1:3,2=127.0.0.1:4"),
+        ("VERBUND_WORKER_TENANT_WAITING", "4000"),
+        (
+            "VERBUND_WORKER_TENANT_WEIGHTS",
+            "musterstadt=2, nordkreis=3",
+        ),
         ("VERBUND_MODELS", "/elsewhere"),
         ("VERBUND_ISA", "scalar"),
         ("PATH", "/bin"),
@@ -64,6 +69,22 @@ fn the_environment_wins() {
         BTreeSet::from([Role::Gateway, Role::Store])
     );
     assert_eq!(config.seeds().len(), 3);
+    assert_eq!(config.worker.tenant_waiting, 4000);
+    let weights = config.tenant_weights();
+    let weights: Vec<_> = weights.iter().map(|(id, &w)| (id.as_str(), w)).collect();
+    assert_eq!(weights, [("musterstadt", 2), ("nordkreis", 3)]);
+}
+
+#[test]
+fn a_worker_that_is_told_nothing_schedules_as_the_scheduler_does_by_itself() {
+    let config = parse(SMALL, &[]).expect("valid").worker;
+    let limits = worker::scheduler::Limits::default();
+    assert_eq!(
+        (config.max_waiting as usize, config.mixed_rows as usize),
+        (limits.max_waiting, limits.mixed_rows)
+    );
+    assert_eq!((config.tenant_running, config.tenant_waiting), (0, 0));
+    assert!(config.tenant_weights.is_empty());
 }
 
 #[test]
@@ -131,6 +152,41 @@ fn every_mistake_is_named_with_its_remedy() {
             replaced("seeds =", "bootstrap = { one = \"127.0.0.1:1\" }\nseeds ="),
             vec![],
             vec!["bootstrap", "one"],
+        ),
+        (
+            format!("{SMALL}\n[worker]\nmax_waiting = 0"),
+            vec![],
+            vec!["worker.max_waiting", "at least 1", "got 0"],
+        ),
+        (
+            format!("{SMALL}\n[worker]\nmixed_rows = 0"),
+            vec![],
+            vec!["worker.mixed_rows", "at least 1"],
+        ),
+        (
+            format!("{SMALL}\n[worker]\ntenant_running = -1"),
+            vec![],
+            vec!["tenant_running", "-1"],
+        ),
+        (
+            format!("{SMALL}\n[worker]\ntenant_wating = 9"),
+            vec![],
+            vec!["worker.tenant_wating", "worker.tenant_waiting"],
+        ),
+        (
+            format!("{SMALL}\n[worker]\ntenant_weights = {{ nord = 0 }}"),
+            vec![],
+            vec!["worker.tenant_weights.nord", "1 to 1000", "got 0"],
+        ),
+        (
+            format!("{SMALL}\n[worker]\ntenant_weights = {{ Nord = 2 }}"),
+            vec![],
+            vec!["worker.tenant_weights", "tenant id", "Nord"],
+        ),
+        (
+            SMALL.to_owned(),
+            vec![("VERBUND_WORKER_TENANT_WEIGHTS", "nord=viel")],
+            vec!["VERBUND_WORKER_TENANT_WEIGHTS", "musterstadt=2", "viel"],
         ),
         (replaced("name = \"a\"", ""), vec![], vec!["name"]),
         (

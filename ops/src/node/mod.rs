@@ -236,9 +236,16 @@ fn start_worker(
         .worker
         .data_listen
         .unwrap_or_else(|| (config.node.listen.ip(), 0).into());
+    let count = |n: u32| usize::try_from(n).unwrap_or(usize::MAX);
+    let limit = |n: u32| if n == 0 { usize::MAX } else { count(n) };
     let worker_config = WorkerConfig {
         wire: config.worker.wire,
         speculate: config.worker.speculate,
+        max_waiting: count(config.worker.max_waiting),
+        mixed_rows: count(config.worker.mixed_rows),
+        tenant_running: limit(config.worker.tenant_running),
+        tenant_waiting: limit(config.worker.tenant_waiting),
+        tenant_weights: config.tenant_weights(),
         ..WorkerConfig::new(node.incarnation, listen)
     };
     let worker = WorkerNode::start(worker_config, transport.clone(), control.clone())?;

@@ -8,10 +8,12 @@ mod metrics;
 mod prepare;
 mod run;
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use coordinator::ids::TenantId;
 use kernels::Device;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
@@ -137,6 +139,7 @@ impl Shared {
 pub struct Runner<S> {
     stepper: S,
     drafter: Option<Box<dyn Drafter>>,
+    weights: BTreeMap<TenantId, u32>,
     tokenizer: Arc<Tokenizer>,
     config: EngineConfig,
     submissions: std::sync::mpsc::Receiver<run::Submission>,
@@ -150,16 +153,15 @@ impl<S: Stepper> Runner<S> {
         self
     }
 
+    /// Gives tenants other shares than the 1 that everybody has.
+    pub fn with_weights(mut self, weights: BTreeMap<TenantId, u32>) -> Self {
+        self.weights = weights;
+        self
+    }
+
     /// Serves until the handle is dropped or the group breaks; [`Engine::broken`] tells why it ended.
     pub fn run(self) {
-        run::run(
-            self.stepper,
-            self.drafter,
-            self.tokenizer,
-            self.config,
-            self.submissions,
-            self.shared,
-        );
+        run::run(self);
     }
 }
 
@@ -194,6 +196,7 @@ impl Engine {
         let runner = Runner {
             stepper,
             drafter: None,
+            weights: BTreeMap::new(),
             tokenizer: tokenizer.clone(),
             config,
             submissions,

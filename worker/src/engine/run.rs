@@ -10,7 +10,7 @@ use coordinator::clock::{Instant, monotonic};
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::draw::{draw, logprob, wants};
-use super::{Drafter, EngineConfig, METRICS, Prepared, Shared, Stepper, Ticket};
+use super::{Drafter, METRICS, Prepared, Runner, Shared, Stepper, Ticket};
 use crate::client::{Event, FinishReason, InferError};
 use crate::constrain::{Exceeded, Matcher};
 use crate::model::{self, Candidates};
@@ -67,20 +67,26 @@ struct Told {
 }
 
 /// Serves until the handle is dropped or the group breaks.
-pub(super) fn run<S: Stepper>(
-    stepper: S,
-    drafter: Option<Box<dyn Drafter>>,
-    tokenizer: Arc<Tokenizer>,
-    config: EngineConfig,
-    submissions: Receiver<Submission>,
-    shared: Arc<Shared>,
-) {
+pub(super) fn run<S: Stepper>(runner: Runner<S>) {
+    let Runner {
+        stepper,
+        drafter,
+        weights,
+        tokenizer,
+        config,
+        submissions,
+        shared,
+    } = runner;
     let _guard = DeathNotice(shared.clone());
+    let mut scheduler = Scheduler::new(config.limits);
+    for (tenant, weight) in &weights {
+        scheduler.set_weight(tenant, *weight);
+    }
     let mut engine = EngineLoop {
         stepper,
         drafter,
         tokenizer,
-        scheduler: Scheduler::new(config.limits),
+        scheduler,
         generations: BTreeMap::new(),
         next_id: 0,
         model: config.model,

@@ -327,9 +327,11 @@ impl Hosted {
             max_sequences: shared.config.max_sequences,
             max_waiting: shared.config.max_waiting,
             step_rows: shared.config.step_rows,
+            mixed_rows: shared.config.mixed_rows,
             context_tokens: plan.context_tokens,
             blocks: plan.kv_blocks,
-            ..Limits::default()
+            tenant_running: shared.config.tenant_running,
+            tenant_waiting: shared.config.tenant_waiting,
         };
         let config = EngineConfig {
             model: group.model.clone(),
@@ -341,6 +343,7 @@ impl Hosted {
             text.template.map(Arc::new),
             config,
         );
+        let runner = runner.with_weights(shared.config.tenant_weights.clone());
         // Ready before the first request asks; that one would only wait longer if there were no thread.
         let constrainer = engine.constrainer().clone();
         let _ = std::thread::Builder::new()

@@ -7,18 +7,19 @@
 mod handlers;
 mod host;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use coordinator::control::{ControlHandle, ControlState, Group, GroupHealth, RankAssignment};
-use coordinator::ids::{Epoch, GroupId, NodeId};
+use coordinator::ids::{Epoch, GroupId, NodeId, TenantId};
 use coordinator::transport::Transport;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::collective::{self, Hub, Wire};
+use crate::scheduler::Limits;
 use host::Hosted;
 
 /// How often a rank's state is looked at for the heartbeats.
@@ -35,10 +36,18 @@ pub struct WorkerConfig {
     pub threads: usize,
     /// Sequences that one group decodes at once.
     pub max_sequences: usize,
-    /// Requests that may wait in one group; one tenant's take half of them at most.
+    /// Requests that may wait in one group; one tenant's take half of what is left of them at most.
     pub max_waiting: usize,
+    /// Requests of one tenant that one group decodes at once.
+    pub tenant_running: usize,
+    /// Requests of one tenant that may wait in one group.
+    pub tenant_waiting: usize,
+    /// Shares of tenants whose share is not 1, in groups that this node leads.
+    pub tenant_weights: BTreeMap<TenantId, u32>,
     /// Rows of one step: how much of a prompt is computed between two tokens of the other answers.
     pub step_rows: usize,
+    /// Rows of prompts and guesses in a step in which answers go on.
+    pub mixed_rows: usize,
     /// Whether groups that this node leads guess tokens ahead where that pays; answers are the same.
     pub speculate: bool,
     /// How sums travel in groups that this node leads, if its ranks are not all on one host.
@@ -46,15 +55,20 @@ pub struct WorkerConfig {
 }
 
 impl WorkerConfig {
-    /// The defaults for a listening address: 32 sequences, 512 waiting, 256 rows a step, speculation, exact sums.
+    /// The defaults for a listening address: the scheduler's own limits, speculation, exact sums.
     pub fn new(incarnation: u64, data_listen: SocketAddr) -> Self {
+        let limits = Limits::default();
         Self {
             incarnation,
             data_listen,
             threads: 0,
-            max_sequences: 32,
-            max_waiting: 512,
-            step_rows: 256,
+            max_sequences: limits.max_sequences,
+            max_waiting: limits.max_waiting,
+            tenant_running: limits.tenant_running,
+            tenant_waiting: limits.tenant_waiting,
+            tenant_weights: BTreeMap::new(),
+            step_rows: limits.step_rows,
+            mixed_rows: limits.mixed_rows,
             speculate: true,
             wire: Wire::default(),
         }

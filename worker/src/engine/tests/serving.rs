@@ -63,6 +63,36 @@ fn a_request_ends_with_an_error_when_its_time_is_over_running_or_waiting() {
 }
 
 #[test]
+fn a_tenant_with_three_shares_is_answered_three_times_as_often() {
+    let (ranks, gate) = gated();
+    let limits = Limits {
+        max_sequences: 1,
+        ..limits()
+    };
+    let config = EngineConfig {
+        model: "test".into(),
+        limits,
+    };
+    let (engine, runner) = Engine::new(ranks, tokenizer(), None, config);
+    let weights = [(TenantId::new("large").unwrap(), 3)].into();
+    let thread = std::thread::spawn(|| runner.with_weights(weights).run());
+    let ask = |tenant: &str, token: u32| engine.submit(of(tenant, vec![token; 5])).unwrap();
+    let mut streams = vec![ask("small", A)];
+    gate.step();
+    // All wait when the first is answered.
+    streams.extend((0..20).flat_map(|_| [ask("small", A), ask("large", A + 1)]));
+    let mut large = 0;
+    for _ in 0..16 {
+        gate.answer(&[END]);
+        large += usize::from(gate.step().tokens[0] == A + 1);
+    }
+    assert!((11..=13).contains(&large), "{large} of 16");
+    drop(engine);
+    gate.give(Err(lost()));
+    thread.join().unwrap();
+}
+
+#[test]
 fn a_thousand_at_once_all_get_an_answer_or_are_told_when_to_come_back() {
     let engine = start(Scripted(|_, _| certain(A)), limits());
     let ends: Vec<Result<(), InferError>> = std::thread::scope(|scope| {
