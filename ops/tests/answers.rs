@@ -67,8 +67,56 @@ async fn example_questions_are_answered_with_the_right_source() {
         RESIDENT_BYTES >> 20
     );
 
+    a_deadline_that_passes_is_told_and_frees_the_cache(&cluster).await;
     run_python_client(&cluster);
     run_browser(&cluster);
+}
+
+async fn a_deadline_that_passes_is_told_and_frees_the_cache(cluster: &Cluster) {
+    let request = |stream: bool| {
+        json!({
+            "model": "SmolLM2-135M-Instruct", "max_tokens": 4000, "temperature": 0, "timeout_ms": 1, "stream": stream,
+            "messages": [{"role": "user", "content": "Erzähle eine lange Geschichte."}], "priority": "background",
+        })
+    };
+    let (code, body) = cluster.post("/v1/chat/completions", request(false)).await;
+    assert_eq!((code, &body["error"]["code"]), (504, &json!("timeout")));
+    let told = body["error"]["message"].as_str().unwrap_or_default();
+    assert!(told.contains("within the 1 ms"), "{told}");
+    let (code, stream) = cluster.post("/v1/chat/completions", request(true)).await;
+    let told = stream.to_string();
+    assert!(
+        told.contains("timeout") && !told.contains("[DONE]"),
+        "{code} {told}"
+    );
+    // The engine tells its metrics after the step in which it gave the blocks back.
+    let mut used = f64::NAN;
+    for _ in 0..100 {
+        used = used_blocks(cluster).await;
+        if used == 0.0 {
+            return;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    panic!("{used} blocks are still held");
+}
+
+/// KV blocks that requests hold, over all workers.
+async fn used_blocks(cluster: &Cluster) -> f64 {
+    let mut used = Vec::new();
+    for worker in ["worker1", "worker2"] {
+        let config = std::fs::read_to_string(cluster.dir().join(worker).join("node.toml"));
+        let config: toml::Table = config.expect("node.toml").parse().expect("TOML");
+        let admin = config["node"]["admin_listen"].as_str().expect("an address");
+        let metrics = cluster.http.get(format!("http://{admin}/metrics")).send();
+        let metrics = metrics.await.expect("metrics").text().await.expect("text");
+        let held = metrics.lines().filter(|line| {
+            line.starts_with("verbund_engine_kv_blocks") && line.contains("state=\"used\"")
+        });
+        used.extend(held.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()));
+    }
+    assert!(!used.is_empty(), "no worker tells of its blocks");
+    used.iter().sum()
 }
 
 /// The official `openai` client: models, streamed and whole chat completions, embeddings, error classes.

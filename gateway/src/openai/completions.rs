@@ -29,7 +29,8 @@ use crate::openai::{models, sse};
         (status = 413, description = "The body is too large", body = ErrorBody),
         (status = 429, description = "No room; Retry-After says when to ask again", body = ErrorBody),
         (status = 500, description = "An error of the server", body = ErrorBody),
-        (status = 503, description = "The model is not ready; ask again", body = ErrorBody)
+        (status = 503, description = "The model is not ready; ask again", body = ErrorBody),
+        (status = 504, description = "The answer was not whole within the request's timeout_ms", body = ErrorBody)
     )
 )]
 pub async fn complete(

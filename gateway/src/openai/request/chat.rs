@@ -5,11 +5,11 @@ use coordinator::ids::TenantId;
 use serde::Deserialize;
 use serde_json::Value;
 use utoipa::ToSchema;
-use worker::client::{Constraint, GenerateRequest, Message, Prompt, Sampling};
+use worker::client::{Class, Constraint, GenerateRequest, Message, Prompt, Sampling};
 
 use super::{
-    Drawing, MAX_COLLECTIONS, MAX_MESSAGES, OneOrMany, StreamOptions, check_choices,
-    check_max_tokens, check_stop, form, include_usage, repeat,
+    Drawing, MAX_COLLECTIONS, MAX_MESSAGES, OneOrMany, Priority, StreamOptions, check_choices,
+    check_max_tokens, check_stop, check_timeout, form, include_usage, repeat,
 };
 use crate::error::ApiError;
 
@@ -102,6 +102,14 @@ pub struct ChatRequest {
     #[serde(default)]
     #[schema(value_type = Option<Object>)]
     pub logit_bias: Option<Value>,
+    /// `interactive` when absent, or `background`. Not in OpenAI's API.
+    #[serde(default)]
+    pub priority: Option<Priority>,
+    /// The answer must be whole so many milliseconds after the model took the request; else it ends with the error `timeout`
+    /// (504). Not in OpenAI's API.
+    #[serde(default)]
+    #[schema(minimum = 1)]
+    pub timeout_ms: Option<u32>,
     #[serde(default)]
     #[schema(value_type = Option<Vec<Object>>)]
     pub functions: Option<Vec<Value>>,
@@ -167,6 +175,8 @@ pub struct Chat {
     pub choices: usize,
     pub sampling: Sampling,
     pub stop: Vec<String>,
+    pub priority: Class,
+    pub timeout_ms: Option<u32>,
     pub stream: bool,
     pub include_usage: bool,
 }
@@ -235,6 +245,8 @@ impl ChatRequest {
             }
             .sampling(temperature)?,
             stop: check_stop(self.stop)?,
+            priority: self.priority.map(Priority::class).unwrap_or_default(),
+            timeout_ms: check_timeout(self.timeout_ms)?,
             stream,
             include_usage: include_usage(stream, self.stream_options)?,
             model: self.model,
@@ -284,8 +296,8 @@ impl Chat {
             echo: false,
             constraint: self.constraint.clone(),
             logprobs: self.logprobs,
-            priority: Default::default(),
-            timeout_ms: None,
+            priority: self.priority,
+            timeout_ms: self.timeout_ms,
         };
         repeat(request, self.choices)
     }

@@ -5,11 +5,11 @@ use coordinator::ids::TenantId;
 use serde::Deserialize;
 use serde_json::Value;
 use utoipa::ToSchema;
-use worker::client::{GenerateRequest, Prompt, Sampling};
+use worker::client::{Class, GenerateRequest, Prompt, Sampling};
 
 use super::{
-    Drawing, MAX_CHOICES, OneOrMany, StreamOptions, check_choices, check_max_tokens, check_stop,
-    form, include_usage, repeat,
+    Drawing, MAX_CHOICES, OneOrMany, Priority, StreamOptions, check_choices, check_max_tokens,
+    check_stop, check_timeout, form, include_usage, repeat,
 };
 use crate::error::ApiError;
 
@@ -81,6 +81,14 @@ pub struct CompletionRequest {
     #[serde(default)]
     #[schema(value_type = Option<Object>)]
     pub logit_bias: Option<Value>,
+    /// `interactive` when absent, or `background`. Not in OpenAI's API.
+    #[serde(default)]
+    pub priority: Option<Priority>,
+    /// The answer must be whole so many milliseconds after the model took the request; else it ends with the error `timeout`
+    /// (504). Not in OpenAI's API.
+    #[serde(default)]
+    #[schema(minimum = 1)]
+    pub timeout_ms: Option<u32>,
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub suffix: Option<Redacted<String>>,
@@ -98,6 +106,8 @@ pub struct Completion {
     stop: Vec<String>,
     echo: bool,
     logprobs: Option<u8>,
+    priority: Class,
+    timeout_ms: Option<u32>,
     pub stream: bool,
     pub include_usage: bool,
 }
@@ -167,6 +177,8 @@ impl CompletionRequest {
             stop: check_stop(self.stop)?,
             echo: self.echo.unwrap_or(false),
             logprobs,
+            priority: self.priority.map(Priority::class).unwrap_or_default(),
+            timeout_ms: check_timeout(self.timeout_ms)?,
             stream,
             include_usage: include_usage(stream, self.stream_options)?,
         })
@@ -186,8 +198,8 @@ impl Completion {
             echo: self.echo,
             constraint: None,
             logprobs: self.logprobs,
-            priority: Default::default(),
-            timeout_ms: None,
+            priority: self.priority,
+            timeout_ms: self.timeout_ms,
         };
         self.prompts
             .iter()

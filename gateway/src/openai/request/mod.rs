@@ -7,7 +7,7 @@ mod form;
 use coordinator::Redacted;
 use serde::Deserialize;
 use utoipa::ToSchema;
-use worker::client::{GenerateRequest, Sampling};
+use worker::client::{Class, GenerateRequest, Sampling};
 
 use crate::error::ApiError;
 
@@ -50,6 +50,36 @@ pub struct StreamOptions {
     /// A last chunk without choices tells the numbers of tokens.
     #[serde(default)]
     pub include_usage: Option<bool>,
+}
+
+/// How urgent a request is. Not in OpenAI's API; a number is read as vLLM does, where the smaller goes first and 0 is usual.
+#[derive(Debug, Clone, Deserialize, ToSchema)]
+#[serde(
+    untagged,
+    expecting = "expected \"interactive\", \"background\" or a whole number"
+)]
+#[schema(example = "background")]
+pub enum Priority {
+    Name(PriorityName),
+    Number(i64),
+}
+
+#[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum PriorityName {
+    /// Somebody waits for the answer.
+    Interactive,
+    /// Takes what interactive requests leave, and a small share beside them.
+    Background,
+}
+
+impl Priority {
+    fn class(self) -> Class {
+        match self {
+            Self::Name(PriorityName::Background) | Self::Number(1..) => Class::Background,
+            Self::Name(PriorityName::Interactive) | Self::Number(_) => Class::Interactive,
+        }
+    }
 }
 
 /// What decides how tokens are drawn, as it came; the same for chat and text completions.
@@ -118,6 +148,16 @@ fn check_max_tokens(max_tokens: Option<u32>, newer: Option<u32>) -> Result<Optio
         ));
     }
     Ok(Some(value))
+}
+
+fn check_timeout(timeout_ms: Option<u32>) -> Result<Option<u32>, ApiError> {
+    match timeout_ms {
+        Some(0) => Err(ApiError::invalid(
+            "timeout_ms",
+            "timeout_ms: expected at least 1, got 0",
+        )),
+        timeout_ms => Ok(timeout_ms),
+    }
 }
 
 fn check_stop(stop: Option<OneOrMany>) -> Result<Vec<String>, ApiError> {

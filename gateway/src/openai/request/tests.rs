@@ -219,6 +219,12 @@ fn what_is_wrong_with_a_chat_is_named() {
         (with(r#""tools":[{"function":{"name":"f g"}}]"#), Some("tools[0].function.name"), "1 to 64"),
         (with(r#""tools":[{"function":{"name":"f","parameters":[]}}]"#), Some("tools[0].function.parameters"), "an object"),
         (with(r#""parallel_tool_calls":"ja""#), Some("parallel_tool_calls"), "expected a boolean"),
+        (with(r#""priority":"urgent""#), Some("priority"), "expected \"interactive\", \"background\" or a whole number, got a string"),
+        (with(r#""priority":0.5"#), Some("priority"), "got a number"),
+        (with(r#""priority":{}"#), Some("priority"), "got an object"),
+        (with(r#""timeout_ms":0"#), Some("timeout_ms"), "at least 1, got 0"),
+        (with(r#""timeout_ms":-1"#), Some("timeout_ms"), "expected a non-negative integer"),
+        (with(r#""timeout_ms":"1s""#), Some("timeout_ms"), "expected a non-negative integer"),
         (with(r#""collections":["a","b","c","d","e","f","g","h","i","j","k","l","m","n","o","p","q","r","s","t","u","v","w","x","y","z","1","2","3","4","5","6","7"]"#), Some("collections"), "got 33"),
     ];
     for (body, param, part) in cases {
@@ -237,6 +243,37 @@ fn what_is_wrong_with_a_chat_is_named() {
             "{shown}: {}",
             error.message()
         );
+    }
+}
+
+#[test]
+fn priority_and_deadline_reach_the_model_by_name_or_as_vllm_counts() {
+    let asked = |more: &str| {
+        let text = format!(r#"{{"model":"m","prompt":"a",{more}}}"#);
+        let chat = chat(&with(more)).unwrap().generations(&tenant()).remove(0);
+        let text = completion(&text).unwrap().generations(&tenant()).remove(0);
+        let of = |r: GenerateRequest| (r.priority, r.timeout_ms);
+        assert_eq!(of(chat.clone()), of(text));
+        of(chat)
+    };
+    let cases = [
+        (
+            r#""priority":null,"timeout_ms":null"#,
+            Class::Interactive,
+            None,
+        ),
+        (r#""priority":"interactive""#, Class::Interactive, None),
+        (
+            r#""priority":"background","timeout_ms":1500"#,
+            Class::Background,
+            Some(1500),
+        ),
+        (r#""priority":0"#, Class::Interactive, None),
+        (r#""priority":-5"#, Class::Interactive, None),
+        (r#""priority":10"#, Class::Background, None),
+    ];
+    for (more, class, timeout_ms) in cases {
+        assert_eq!(asked(more), (class, timeout_ms), "{more}");
     }
 }
 
@@ -330,6 +367,8 @@ fn what_is_wrong_with_a_text_completion_is_named() {
             r#"{"model":"m","prompt":"a","logprobs":1,"echo":true}"#,
             "logprobs",
         ),
+        (r#"{"model":"m","prompt":"a","priority":true}"#, "priority"),
+        (r#"{"model":"m","prompt":"a","timeout_ms":0}"#, "timeout_ms"),
         (r#"{"model":"m","prompt":"a","best_of":3}"#, "best_of"),
         (r#"{"model":"m","prompt":"a","suffix":"z"}"#, "suffix"),
         (

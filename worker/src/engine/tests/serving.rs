@@ -40,6 +40,7 @@ fn a_request_ends_with_an_error_when_its_time_is_over_running_or_waiting() {
     };
     let limits = Limits {
         max_sequences: 1,
+        blocks: 128 / BLOCK_TOKENS,
         ..limits()
     };
     let engine = start(Scripted(slow), limits);
@@ -55,6 +56,9 @@ fn a_request_ends_with_an_error_when_its_time_is_over_running_or_waiting() {
     let runs = ask(Some(50), None);
     let timed_out = |timeout_ms| Err(InferError::TimedOut { timeout_ms });
     assert_eq!(read(runs).end, timed_out(50));
+    // Its blocks are free: one that needs all of them is answered.
+    let all = engine.submit(of("t1", prompt(limits.context_tokens - 1)));
+    assert_eq!(read(all.unwrap()).end, Ok((FinishReason::Length, 127, 1)));
     let first = ask(None, Some(20));
     let waits = ask(Some(1), None);
     assert_eq!(read(waits).end, timed_out(1));
