@@ -6,6 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use rand::RngCore;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
@@ -25,6 +27,8 @@ use crate::transport::{self, Transport};
 
 /// Longest time that a proposal or a read looks for a leader: an election takes about one second, twice at worst.
 pub const PATIENCE: Duration = Duration::from_secs(5);
+/// Longest time that what was committed is waited for to be seen here: a new leader is there by then.
+const CATCH_UP: Duration = Duration::from_secs(2);
 /// One attempt at one coordinator.
 const ATTEMPT: Duration = Duration::from_millis(1_000);
 /// A heartbeat that takes longer than two intervals is late anyway.
@@ -119,7 +123,8 @@ impl ControlHandle {
         }
     }
 
-    /// Has `command` committed by the cluster, exactly once, and returns when this is so.
+    /// Has `command` committed by the cluster, exactly once, and returns when this is so and [`Self::state`] shows it (unless no
+    /// coordinator shows its state within [`CATCH_UP`] after the commit; then the watch brings it).
     ///
     /// # Errors
     /// [`Error::Rejected`] when the rules forbid it, [`Error::Denied`] when this node may not, [`Error::Unavailable`]
@@ -128,15 +133,24 @@ impl ControlHandle {
         let mut id = [0; 16];
         rand::rng().fill_bytes(&mut id);
         let request = encode(&Proposal { id, command })?;
-        self.ask(SERVICE_PROPOSE, request, |bytes| {
-            match decode::<ProposeReply>(&bytes)? {
-                ProposeReply::Applied(result) => Ok(Answer::Final(result?)),
-                ProposeReply::NotLeader { leader } => Ok(Answer::Elsewhere(leader)),
-                ProposeReply::Denied { why } => Err(Error::Denied { why }),
-                ProposeReply::Unavailable { why } => Ok(Answer::Again(why)),
-            }
-        })
-        .await
+        let outcome = self
+            .ask(SERVICE_PROPOSE, request, |bytes| {
+                match decode::<ProposeReply>(&bytes)? {
+                    ProposeReply::Applied(result) => Ok(Answer::Final(result?)),
+                    ProposeReply::NotLeader { leader } => Ok(Answer::Elsewhere(leader)),
+                    ProposeReply::Denied { why } => Err(Error::Denied { why }),
+                    ProposeReply::Unavailable { why } => Ok(Answer::Again(why)),
+                }
+            })
+            .await?;
+        // The watch may follow another coordinator, which has not applied yet what the leader has.
+        if let Outcome::Done { revision } = outcome
+            && self.state().revision < revision
+            && !matches!(timeout(CATCH_UP, self.read()).await, Ok(Ok(_)))
+        {
+            debug!(revision, "what was committed is not to be seen here yet");
+        }
+        Ok(outcome)
     }
 
     /// The state with everything that was committed before the call (linearizable).
@@ -226,24 +240,39 @@ impl ControlHandle {
         }
     }
 
-    /// Sends one heartbeat; false when the leader does not know this process.
+    /// Sends one heartbeat; false when the leader does not know this process. First to where the leader was; when that one
+    /// knows no better or is late, to all others at once, so that one slow coordinator costs no beat.
     async fn beat(&self, heartbeat: &Heartbeat) -> bool {
         let Ok(request) = encode(heartbeat) else {
             return true;
         };
-        // The leader, or the next one that may know it, each once; the next beat goes on from there.
-        let mut asked = Vec::new();
-        while asked.len() < BEAT_CANDIDATES {
-            let mut candidates = self.inner.candidates().into_iter();
-            let Some(to) = candidates.find(|to| !asked.contains(to)) else {
-                return true;
+        let send = |to: SocketAddr| {
+            let request = request.clone();
+            async move {
+                let transport = &self.inner.transport;
+                let reply = transport.call(to, SERVICE_HEARTBEAT, request, HEARTBEAT_ATTEMPT);
+                (to, reply.await)
+            }
+        };
+        let mut others = self.inner.candidates();
+        others.truncate(BEAT_CANDIDATES);
+        let mut asked = FuturesUnordered::new();
+        let mut tried = Vec::new();
+        if !others.is_empty() {
+            tried.push(others.remove(0));
+            asked.extend(tried.iter().copied().map(&send));
+        }
+        let mut late = std::pin::pin!(sleep(Duration::from_millis(HEARTBEAT_INTERVAL_MS)));
+        loop {
+            let (to, reply) = tokio::select! {
+                Some(answer) = asked.next() => answer,
+                () = &mut late, if !others.is_empty() => {
+                    tried.extend(&others);
+                    asked.extend(others.drain(..).map(&send));
+                    continue;
+                }
+                else => return true,
             };
-            asked.push(to);
-            let reply = self
-                .inner
-                .transport
-                .call(to, SERVICE_HEARTBEAT, request.clone(), HEARTBEAT_ATTEMPT)
-                .await;
             if reply.is_ok() {
                 self.inner.answered(to);
             }
@@ -255,10 +284,18 @@ impl ControlHandle {
                 Ok(Ok(HeartbeatReply::Unregistered)) => return false,
                 Ok(Ok(HeartbeatReply::NotLeader {
                     leader: Some(leader),
-                })) if leader != to => self.inner.set_leader(Some(leader)),
-                // It knows no better; the next one may.
+                })) if leader != to => {
+                    self.inner.set_leader(Some(leader));
+                    if !tried.contains(&leader) {
+                        others.retain(|other| *other != leader);
+                        tried.push(leader);
+                        asked.push(send(leader));
+                        continue;
+                    }
+                }
+                // It knows no better; another one may.
                 Ok(Ok(HeartbeatReply::NotLeader { .. })) => {
-                    self.inner.whereabouts().does_not_lead(to)
+                    self.inner.whereabouts().does_not_lead(to);
                 }
                 Ok(Err(why)) => {
                     warn!(%why, "heartbeat");
@@ -269,8 +306,9 @@ impl ControlHandle {
                     self.inner.forget(to);
                 }
             }
+            tried.extend(&others);
+            asked.extend(others.drain(..).map(&send));
         }
-        true
     }
 
     /// Asks coordinators in turn, the leader first, until one gives a final answer.

@@ -54,6 +54,25 @@ async fn a_heartbeat_goes_past_coordinators_that_know_no_leader() {
 }
 
 #[tokio::test]
+async fn a_heartbeat_does_not_wait_for_a_coordinator_that_is_late() {
+    let ca = Ca::create("test").expect("a CA");
+    let stuck = transport(&ca, 1);
+    let handle = |_: NodeId, _: Bytes, mut to: Reply| -> BoxFuture<'static, ()> {
+        Box::pin(async move { to.closed().await })
+    };
+    stuck.register(SERVICE_HEARTBEAT, Arc::new(handle));
+    let (leader, heard) = coordinator(&ca, 2, || HeartbeatReply::Heard);
+    let seeds = [&stuck, &leader].map(|t| t.local_addr());
+    let control = ControlHandle::connect(transport(&ca, 9), seeds.to_vec());
+    assert!(control.beat(&heartbeat()).await);
+    assert_eq!(heard.load(Ordering::SeqCst), 1);
+    assert!(
+        !control.inner.whereabouts().is_silent(stuck.local_addr()),
+        "it was not given up, only not waited for"
+    );
+}
+
+#[tokio::test]
 async fn what_a_node_learns_of_removed_nodes_its_transport_knows_too() {
     let ca = Ca::create("test").expect("a CA");
     let control = ControlHandle::connect(transport(&ca, 9), Vec::new());
@@ -72,4 +91,45 @@ async fn what_a_node_learns_of_removed_nodes_its_transport_knows_too() {
         control.transport().is_revoked(NodeId(3)),
         "an older state takes nobody back"
     );
+}
+
+#[tokio::test]
+async fn what_was_acknowledged_is_seen_at_once_however_late_the_watch_is() {
+    let ca = Ca::create("test").expect("a CA");
+    // A coordinator that commits and shows its state to those who ask, and whose watch never says anything.
+    let leader = transport(&ca, 1);
+    let applied = ControlState {
+        revision: 8,
+        ..ControlState::default()
+    };
+    let committed =
+        wire::encode(&ProposeReply::Applied(Ok(Outcome::Done { revision: 8 }))).expect("a reply");
+    let state = wire::encode(&ReadReply::State(Box::new(applied))).expect("a reply");
+    for (service, frame) in [(SERVICE_PROPOSE, committed), (SERVICE_READ, state)] {
+        let frame = Bytes::from(frame);
+        let handle = move |_: NodeId, _: Bytes, to: Reply| -> BoxFuture<'static, ()> {
+            Box::pin(to.answer(frame.clone()))
+        };
+        leader.register(service, Arc::new(handle));
+    }
+    let control = ControlHandle::connect(transport(&ca, 9), vec![leader.local_addr()]);
+    let command = Command::RemoveNode { node: NodeId(3) };
+    control.propose(command).await.expect("committed");
+    assert_eq!(control.state().revision, 8);
+}
+
+#[tokio::test]
+async fn what_was_acknowledged_stays_so_when_no_state_can_be_read_after_it() {
+    let ca = Ca::create("test").expect("a CA");
+    let leader = transport(&ca, 1);
+    let handle = |_: NodeId, _: Bytes, to: Reply| -> BoxFuture<'static, ()> {
+        let frame = wire::encode(&ProposeReply::Applied(Ok(Outcome::Done { revision: 8 })))
+            .expect("a reply");
+        Box::pin(to.answer(frame.into()))
+    };
+    leader.register(SERVICE_PROPOSE, Arc::new(handle));
+    let control = ControlHandle::connect(transport(&ca, 9), vec![leader.local_addr()]);
+    let command = Command::RemoveNode { node: NodeId(3) };
+    let outcome = control.propose(command).await.expect("committed");
+    assert_eq!(outcome, Outcome::Done { revision: 8 });
 }
