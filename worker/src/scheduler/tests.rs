@@ -2,6 +2,7 @@ mod fairness;
 mod flood;
 mod order;
 mod random;
+mod stalls;
 
 use std::collections::{BTreeMap, BTreeSet};
 
