@@ -61,6 +61,7 @@ async fn a_heartbeat_does_not_wait_for_a_coordinator_that_is_late() {
         Box::pin(async move { to.closed().await })
     };
     stuck.register(SERVICE_HEARTBEAT, Arc::new(handle));
+    stuck.register(SERVICE_WATCH, Arc::new(handle));
     let (leader, heard) = coordinator(&ca, 2, || HeartbeatReply::Heard);
     let seeds = [&stuck, &leader].map(|t| t.local_addr());
     let control = ControlHandle::connect(transport(&ca, 9), seeds.to_vec());

@@ -7,7 +7,7 @@ use rag_store::CollectionId;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::{Deleted, List, missing, parse_id};
+use super::{Deleted, List, forget_prompts, missing, parse_id};
 use crate::app::App;
 use crate::error::{ApiError, ErrorBody};
 use crate::http::auth::Caller;
@@ -138,5 +138,6 @@ pub async fn delete(
         .delete_collection(caller.tenant(), parsed)
         .await
         .map_err(missing("collection", &id))?;
+    forget_prompts(&app, caller.tenant()).await;
     Ok(Reply(Deleted::new(id)))
 }

@@ -10,7 +10,7 @@ use rag_store::{CollectionId, DocumentId, Status};
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::{Deleted, List, missing, parse_id};
+use super::{Deleted, List, forget_prompts, missing, parse_id};
 use crate::app::App;
 use crate::error::{ApiError, ErrorBody};
 use crate::http::auth::Caller;
@@ -234,6 +234,7 @@ pub async fn delete(
         .delete_document(caller.tenant(), parsed)
         .await
         .map_err(missing("document", &id))?;
+    forget_prompts(&app, caller.tenant()).await;
     Ok(Reply(Deleted::new(id)))
 }
 

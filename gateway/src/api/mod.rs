@@ -10,10 +10,20 @@ pub mod retrieve;
 pub mod status;
 pub mod tenants;
 
+use coordinator::ids::TenantId;
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use crate::app::App;
 use crate::error::ApiError;
+
+/// Has the models find no earlier prompt of the tenant again, because passages of what was deleted may stand in some. The deletion
+/// stands even if a model does not answer: what that one still holds can be found by this tenant alone, until it is pushed out.
+async fn forget_prompts(app: &App, tenant: &TenantId) {
+    if let Err(error) = app.inference.forget(tenant).await {
+        tracing::warn!(%error, %tenant, "a model may still hold prompts with what was deleted");
+    }
+}
 
 /// A whole list.
 #[derive(Debug, Serialize, ToSchema)]

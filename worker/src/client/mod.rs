@@ -6,6 +6,7 @@ mod request;
 mod stream;
 mod wire;
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -14,16 +15,21 @@ use std::time::Duration;
 use bytes::Bytes;
 use coordinator::Redacted;
 use coordinator::control::{ControlHandle, ControlState, Group, GroupState};
+use coordinator::ids::TenantId;
 use coordinator::transport::{self, Transport};
+use futures::future::try_join_all;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 pub use request::*;
 pub use stream::GenerateStream;
-pub(crate) use wire::{Call, Frame, SERVICE_EMBED, SERVICE_GENERATE, SERVICE_TOKENIZE};
+pub(crate) use wire::{
+    Call, Frame, SERVICE_EMBED, SERVICE_FORGET, SERVICE_GENERATE, SERVICE_TOKENIZE,
+};
 
 /// Longest wait for vectors: a full batch of long texts on a slow node.
 const EMBED_TIMEOUT: Duration = Duration::from_secs(300);
+const FORGET_TIMEOUT: Duration = Duration::from_secs(5);
 const TOKENIZE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Reaches whichever groups serve a model now. Cheap to clone.
@@ -146,6 +152,30 @@ impl InferenceClient {
         let target = self.target(model, kind)?;
         self.call(target, SERVICE_TOKENIZE, text, TOKENIZE_TIMEOUT)
             .await
+    }
+
+    /// Has no later request of a tenant find what the groups computed for it: call it when texts that stood in prompts are
+    /// deleted.
+    ///
+    /// # Errors
+    /// A leader did not answer; its cache may hold them until they are pushed out.
+    pub async fn forget(&self, tenant: &TenantId) -> Result<(), InferError> {
+        let state = self.control.state();
+        let leaders: BTreeSet<SocketAddr> = state
+            .groups
+            .values()
+            .filter(|g| g.kind == ModelKind::Generate && g.state == GroupState::Ready)
+            .filter_map(|g| Some(state.nodes.get(&g.leader()?.node)?.addr))
+            .collect();
+        let request = encode(tenant)?;
+        let ask = |addr| {
+            self.transport
+                .call(addr, SERVICE_FORGET, request.clone(), FORGET_TIMEOUT)
+        };
+        try_join_all(leaders.into_iter().map(ask))
+            .await
+            .map_err(not_begun)?;
+        Ok(())
     }
 
     async fn call<Q: Serialize, A: DeserializeOwned>(

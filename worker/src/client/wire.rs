@@ -12,6 +12,9 @@ pub const SERVICE_EMBED: &str = "infer.embed";
 /// Takes a [`Call`] of a text, answers one `Result<Vec<u32>, InferError>`.
 pub const SERVICE_TOKENIZE: &str = "infer.tokenize";
 
+/// Takes a `TenantId`, answers `()` when no group on the node finds again what it computed for that tenant.
+pub const SERVICE_FORGET: &str = "infer.forget";
+
 /// A request to one group in one epoch; any other epoch is refused.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Call<T> {

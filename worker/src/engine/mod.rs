@@ -8,10 +8,10 @@ mod metrics;
 mod prepare;
 mod run;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use coordinator::ids::TenantId;
 use kernels::Device;
@@ -99,6 +99,8 @@ pub struct Engine {
 struct Shared {
     /// Generations taken and not yet ended.
     active: AtomicU32,
+    /// Tenants whose prompts the thread shall forget before its next step.
+    forget: Mutex<BTreeSet<TenantId>>,
     broken: Mutex<Option<String>>,
 }
 
@@ -120,6 +122,10 @@ impl Drop for Ticket {
 }
 
 impl Shared {
+    fn forget(&self) -> MutexGuard<'_, BTreeSet<TenantId>> {
+        self.forget.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn broken(&self) -> Option<String> {
         self.broken
             .lock()
@@ -259,6 +265,12 @@ impl Engine {
                 Err(InferError::Interrupted { why })
             }
         }
+    }
+
+    /// Has no request that comes after this find what was computed for a tenant before: the prompts of a tenant that is gone,
+    /// or that may hold a document that was deleted.
+    pub fn forget(&self, tenant: &TenantId) {
+        self.shared.forget().insert(tenant.clone());
     }
 
     /// Generations under way or waiting.

@@ -151,6 +151,7 @@ impl<S: Stepper> EngineLoop<S> {
             }
             self.drop_cancelled();
             self.drop_expired();
+            self.forget_tenants();
             self.draft();
             if let Some(planned) = self.scheduler.plan(self.now_ms())
                 && let Err(why) = self.step(planned)
@@ -163,6 +164,8 @@ impl<S: Stepper> EngineLoop<S> {
     }
 
     fn admit(&mut self, submission: Submission) {
+        // Who came after the order begins anew.
+        self.forget_tenants();
         let Submission {
             prepared,
             events,
@@ -232,6 +235,12 @@ impl<S: Stepper> EngineLoop<S> {
         }
         for (id, drafts) in drafter.draft(&decoding) {
             self.scheduler.draft(id, &drafts);
+        }
+    }
+
+    fn forget_tenants(&mut self) {
+        for tenant in std::mem::take(&mut *self.shared.forget()) {
+            self.scheduler.forget(&tenant);
         }
     }
 

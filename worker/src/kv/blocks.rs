@@ -5,14 +5,22 @@ use std::collections::{BTreeSet, HashMap};
 use super::prefix::Key;
 use super::{BlockId, PROTECTED_MS};
 
-/// Whose blocks: the number of a tenant in this cache.
+/// Whose blocks: the number of a tenant in this cache, and how often what he had was forgotten.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Owner(u32);
+pub struct Owner {
+    number: u32,
+    generation: u32,
+}
 
 impl Owner {
     /// Small, counted from zero.
     pub fn number(self) -> u32 {
-        self.0
+        self.number
+    }
+
+    /// Counted from zero.
+    pub fn generation(self) -> u32 {
+        self.generation
     }
 }
 
@@ -33,6 +41,7 @@ struct Block {
 #[derive(Debug, Clone)]
 struct OwnerState {
     weight: u32,
+    generation: u32,
     /// Blocks that are not free, held or not.
     blocks: usize,
     index: HashMap<Key, BlockId>,
@@ -91,9 +100,13 @@ impl Blocks {
 
     /// A new owner with a share of `weight`, at least 1.
     pub fn add_owner(&mut self, weight: u32) -> Owner {
-        let owner = Owner(self.owners.len() as u32);
+        let owner = Owner {
+            number: self.owners.len() as u32,
+            generation: 0,
+        };
         self.owners.push(OwnerState {
             weight: weight.max(1),
+            generation: owner.generation,
             blocks: 0,
             index: HashMap::new(),
             idle: BTreeSet::new(),
@@ -102,7 +115,35 @@ impl Blocks {
     }
 
     pub fn set_weight(&mut self, owner: Owner, weight: u32) {
-        self.change(owner.0, |state| state.weight = weight.max(1));
+        self.change(owner.number, |state| state.weight = weight.max(1));
+    }
+
+    /// Nothing of what the owner has so far is found again: what nobody holds is free at once, the rest when it is let go.
+    /// Returns the owner as he goes on; tables of the former one keep their blocks and make nothing known.
+    pub fn forget(&mut self, owner: Owner) -> Owner {
+        let index = std::mem::take(&mut self.owners[owner.number as usize].index);
+        for id in index.into_values() {
+            self.all[id.0 as usize].key = None;
+        }
+        let mut freed = BTreeSet::new();
+        self.change(owner.number, |state| {
+            state.generation += 1;
+            freed = std::mem::take(&mut state.idle);
+            state.blocks -= freed.len();
+        });
+        for (_, id) in freed {
+            self.all[id.0 as usize] = Block::default();
+            self.free.push(id);
+        }
+        Owner {
+            generation: self.owners[owner.number as usize].generation,
+            ..owner
+        }
+    }
+
+    /// Whether nothing was forgotten since the owner came by this.
+    pub fn is_current(&self, owner: Owner) -> bool {
+        self.owners[owner.number as usize].generation == owner.generation
     }
 
     /// The time from here on; it does not run backwards.
@@ -127,7 +168,7 @@ impl Blocks {
 
     /// Blocks of an owner, held and idle.
     pub fn owned(&self, owner: Owner) -> usize {
-        self.owners[owner.0 as usize].blocks
+        self.owners[owner.number as usize].blocks
     }
 
     /// Idle blocks that were taken for something else.
@@ -142,28 +183,28 @@ impl Blocks {
         }
         let id = self.free.pop()?;
         self.all[id.0 as usize] = Block {
-            owner: owner.0,
+            owner: owner.number,
             holders: 1,
             ..Block::default()
         };
-        self.change(owner.0, |state| state.blocks += 1);
+        self.change(owner.number, |state| state.blocks += 1);
         Some(id)
     }
 
     /// Whether `owner` has a block with these contents: `Some(true)` if it is idle.
     pub fn find(&self, owner: Owner, key: &Key) -> Option<bool> {
-        let id = self.owners[owner.0 as usize].index.get(key)?;
+        let id = self.owners[owner.number as usize].index.get(key)?;
         Some(self.all[id.0 as usize].holders == 0)
     }
 
     /// Holds the owner's block with these contents, if there is one. Nothing may be written into it.
     pub fn hold(&mut self, owner: Owner, key: &Key) -> Option<BlockId> {
-        let id = *self.owners[owner.0 as usize].index.get(key)?;
+        let id = *self.owners[owner.number as usize].index.get(key)?;
         let block = &mut self.all[id.0 as usize];
         block.holders += 1;
         if block.holders == 1 {
             let entry = (block.left, id);
-            self.change(owner.0, |state| {
+            self.change(owner.number, |state| {
                 state.idle.remove(&entry);
             });
         }

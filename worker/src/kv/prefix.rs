@@ -10,10 +10,11 @@ pub struct Key([u8; 32]);
 
 impl Key {
     /// The key before an owner's first block. The number keeps equal prompts of two owners apart once more than their
-    /// separate indexes do.
+    /// separate indexes do; the generation, those before and after something was forgotten.
     pub fn root(owner: Owner) -> Self {
-        let mut hash = Sha256::new_with_prefix(b"verbund kv prefix 1");
+        let mut hash = Sha256::new_with_prefix(b"verbund kv prefix 2");
         hash.update(owner.number().to_le_bytes());
+        hash.update(owner.generation().to_le_bytes());
         Self(hash.finalize().into())
     }
 

@@ -77,9 +77,9 @@ impl BlockTable {
     }
 
     /// Makes the full blocks among the first `computed` positions of `tokens` known, for others of the same owner and for
-    /// this sequence's return.
+    /// this sequence's return. Nothing if what the owner had was forgotten since the table began.
     pub fn publish(&mut self, tokens: &[u32], computed: usize, blocks: &mut Blocks) {
-        while (self.known + 1) * BLOCK_TOKENS <= computed {
+        while blocks.is_current(self.owner) && (self.known + 1) * BLOCK_TOKENS <= computed {
             let index = self.known;
             let (Some(key), Some(&id)) = (self.key(index, tokens), self.blocks.get(index)) else {
                 return;

@@ -49,6 +49,39 @@ fn a_position_finds_its_slot_in_its_own_block() {
 }
 
 #[test]
+fn what_was_forgotten_is_found_by_nobody_and_free_as_soon_as_nobody_holds_it() {
+    let mut blocks = Blocks::new(16);
+    let (owner, other) = (blocks.add_owner(1), blocks.add_owner(1));
+    remember(owner, &tokens(1, 4 * N), &mut blocks);
+    remember(other, &tokens(1, 2 * N), &mut blocks);
+    let mut held = computed(owner, &tokens(2, 2 * N), &mut blocks);
+    assert_eq!((blocks.idle(), blocks.available()), (6, 14));
+
+    let after = blocks.forget(owner);
+    blocks.check();
+    assert_eq!((blocks.idle(), blocks.available()), (2, 14));
+    for owner in [owner, after] {
+        for text in [1, 2] {
+            assert_eq!(found(owner, &tokens(text, 5 * N), &blocks), 0);
+        }
+    }
+    assert_eq!(found(other, &tokens(1, 2 * N + 1), &blocks), 2);
+
+    // What goes on computes on, and makes nothing known any more.
+    held.reserve(4 * N, &mut blocks).unwrap();
+    held.publish(&tokens(2, 4 * N), 4 * N, &mut blocks);
+    assert_eq!(found(owner, &tokens(2, 5 * N), &blocks), 0);
+    held.release(&mut blocks);
+    blocks.check();
+    assert_eq!((blocks.owned(after), blocks.idle()), (0, 2));
+
+    // What is asked afterwards is found as ever.
+    remember(after, &tokens(1, 4 * N), &mut blocks);
+    assert_eq!(found(after, &tokens(1, 5 * N), &blocks), 4);
+    blocks.check();
+}
+
+#[test]
 fn giving_a_block_back_twice_frees_it_once() {
     let mut blocks = Blocks::new(1);
     let owner = blocks.add_owner(1);

@@ -172,6 +172,11 @@ impl Scheduler {
         self.tenants.set_weight(number, weight, &mut self.blocks);
     }
 
+    /// Has nothing found again of what was computed for a tenant so far. His running sequences go on, and leave nothing behind.
+    pub fn forget(&mut self, tenant: &TenantId) {
+        self.tenants.forget(tenant, &mut self.blocks);
+    }
+
     /// Queues a sequence. Ids must grow from call to call.
     ///
     /// # Errors

@@ -106,6 +106,14 @@ impl Tenants {
         number
     }
 
+    /// Has a tenant find nothing again of what was computed for him.
+    pub fn forget(&mut self, id: &TenantId, blocks: &mut Blocks) {
+        if let Some(&number) = self.numbers.get(id) {
+            let tenant = &mut self.all[number];
+            tenant.owner = blocks.forget(tenant.owner);
+        }
+    }
+
     pub fn flow(tenant: usize, class: Class) -> FlowId {
         2 * tenant + usize::from(class == Class::Background)
     }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use coordinator::Redacted;
-use coordinator::ids::{Epoch, GroupId, NodeId};
+use coordinator::ids::{Epoch, GroupId, NodeId, TenantId};
 use coordinator::transport::{ErrorCode, RemoteError, Reply, Transport};
 use futures::FutureExt;
 use futures::future::BoxFuture;
@@ -16,7 +16,7 @@ use super::Shared;
 use super::host::Serving;
 use crate::client::{
     Call, EmbedRequest, Embeddings, Event, Frame, GenerateRequest, InferError, SERVICE_EMBED,
-    SERVICE_GENERATE, SERVICE_TOKENIZE,
+    SERVICE_FORGET, SERVICE_GENERATE, SERVICE_TOKENIZE,
 };
 use crate::embed::Embedder;
 use crate::text::Parse;
@@ -51,6 +51,15 @@ pub(super) fn register(transport: &Transport, shared: &Arc<Shared>) {
     );
     let own = shared.clone();
     transport.register(
+        SERVICE_FORGET,
+        Arc::new(
+            move |_: NodeId, request: Bytes, reply: Reply| -> BoxFuture<'static, ()> {
+                forget(own.clone(), request, reply).boxed()
+            },
+        ),
+    );
+    let own = shared.clone();
+    transport.register(
         SERVICE_TOKENIZE,
         Arc::new(
             move |_: NodeId, request: Bytes, reply: Reply| -> BoxFuture<'static, ()> {
@@ -62,6 +71,17 @@ pub(super) fn register(transport: &Transport, shared: &Arc<Shared>) {
             },
         ),
     );
+}
+
+/// Has all groups that this node leads forget what they computed for a tenant.
+async fn forget(shared: Arc<Shared>, request: Bytes, reply: Reply) {
+    match postcard::from_bytes::<TenantId>(&request) {
+        Ok(tenant) => {
+            shared.forget(&tenant);
+            reply.answer(Bytes::new()).await;
+        }
+        Err(error) => bad_request(reply, error).await,
+    }
 }
 
 /// One queue for each embedding model on this node.

@@ -20,7 +20,7 @@ use tokio::task::JoinHandle;
 
 use crate::collective::{self, Hub, Wire};
 use crate::scheduler::Limits;
-use host::Hosted;
+use host::{Hosted, Serving};
 
 /// How often a rank's state is looked at for the heartbeats.
 const HEALTH_INTERVAL: Duration = Duration::from_millis(100);
@@ -118,6 +118,16 @@ impl Shared {
     }
 }
 
+impl Shared {
+    fn forget(&self, tenant: &TenantId) {
+        for host in self.hosted().values() {
+            if let Ok(Serving::Engine(engine)) = host.serving() {
+                engine.forget(tenant);
+            }
+        }
+    }
+}
+
 impl WorkerNode {
     /// Binds the data address, registers the services and begins to follow the control state. Needs a Tokio runtime.
     ///
@@ -180,9 +190,15 @@ impl Drop for WorkerNode {
 async fn follow_control(shared: Arc<Shared>, mut stopped: watch::Receiver<bool>) {
     let mut states = shared.control.watch();
     let mut ticks = tokio::time::interval(HEALTH_INTERVAL);
+    let mut before = Arc::new(ControlState::default());
     loop {
         let state = states.borrow_and_update().clone();
         reconcile(&shared, &state);
+        let gone = |tenant: &&TenantId| !state.tenants.contains_key(*tenant);
+        for tenant in before.tenants.keys().filter(gone) {
+            shared.forget(tenant);
+        }
+        before = state;
         loop {
             publish_health(&shared);
             tokio::select! {

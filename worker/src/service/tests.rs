@@ -11,8 +11,8 @@ use serde::de::DeserializeOwned;
 
 use super::*;
 use crate::client::{
-    Call, EmbedKind, EmbedRequest, Embeddings, Frame, GenerateRequest, InferError, Prompt,
-    SERVICE_EMBED, SERVICE_GENERATE, SERVICE_TOKENIZE, Sampling,
+    Call, EmbedKind, EmbedRequest, Embeddings, Event, Frame, GenerateRequest, InferError, Prompt,
+    SERVICE_EMBED, SERVICE_FORGET, SERVICE_GENERATE, SERVICE_TOKENIZE, Sampling,
 };
 use crate::engine::{Engine, EngineConfig, Stepper};
 use crate::model::{self, Candidates, StepBatch};
@@ -106,6 +106,65 @@ fn tenant() -> TenantId {
     TenantId::new("t1").unwrap()
 }
 
+fn generate(text: &str) -> GenerateRequest {
+    GenerateRequest {
+        tenant: tenant(),
+        model: "silent".into(),
+        prompt: Prompt::Text(Redacted::new(text.to_owned())),
+        max_tokens: None,
+        sampling: Sampling::greedy(),
+        stop: Vec::new(),
+        echo: false,
+        constraint: None,
+        logprobs: None,
+        priority: Default::default(),
+        timeout_ms: None,
+    }
+}
+
+/// Prompt tokens that were found computed.
+async fn cached(transport: &Transport, text: &str) -> u32 {
+    let call = Call {
+        group: GROUP,
+        epoch: Epoch(5),
+        request: generate(text),
+    };
+    let bytes = postcard::to_stdvec(&call).unwrap();
+    let to = transport.local_addr();
+    let mut frames = transport
+        .open(to, SERVICE_GENERATE, bytes.into())
+        .await
+        .unwrap();
+    while let Some(frame) = frames.next().await {
+        if let Frame::Event(Event::Finished { cached_tokens, .. }) =
+            postcard::from_bytes(&frame.unwrap()).unwrap()
+        {
+            return cached_tokens;
+        }
+    }
+    panic!("no end came");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_is_asked_to_forget_a_tenants_prompts_finds_none_of_them() {
+    let (shared, transport) = node();
+    let hosted = Hosted::serving_engine(GROUP, Epoch(5), engine());
+    shared.hosted().insert(GROUP, hosted);
+    let text = "a".repeat(20);
+    assert_eq!(cached(&transport, &text).await, 0);
+    assert_eq!(cached(&transport, &text).await, 16);
+    for (of, found) in [("t2", 16), ("t1", 0)] {
+        let request = postcard::to_stdvec(&TenantId::new(of).unwrap()).unwrap();
+        let to = transport.local_addr();
+        let answer = transport.call(to, SERVICE_FORGET, request.into(), PATIENCE);
+        answer.await.unwrap();
+        assert_eq!(cached(&transport, &text).await, found, "after {of}");
+    }
+    let to = transport.local_addr();
+    let answer = transport.call(to, SERVICE_FORGET, vec![9].into(), PATIENCE);
+    assert!(answer.await.is_err(), "no tenant");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn only_the_epoch_that_is_hosted_is_served() {
     let (shared, transport) = node();
@@ -114,22 +173,7 @@ async fn only_the_epoch_that_is_hosted_is_served() {
     let text = || Redacted::new("aa".to_owned());
     let tokens =
         |epoch| ask::<Result<Vec<u32>, InferError>>(&transport, SERVICE_TOKENIZE, epoch, text());
-    let generated = |epoch| {
-        let request = GenerateRequest {
-            tenant: tenant(),
-            model: "silent".into(),
-            prompt: Prompt::Text(text()),
-            max_tokens: None,
-            sampling: Sampling::greedy(),
-            stop: Vec::new(),
-            echo: false,
-            constraint: None,
-            logprobs: None,
-            priority: Default::default(),
-            timeout_ms: None,
-        };
-        ask::<Frame>(&transport, SERVICE_GENERATE, epoch, request)
-    };
+    let generated = |epoch| ask::<Frame>(&transport, SERVICE_GENERATE, epoch, generate("aa"));
     let embedded = |epoch| {
         let request = EmbedRequest {
             tenant: tenant(),

@@ -33,6 +33,19 @@ fn a_tenant_is_told_what_of_his_prompt_was_found_and_finds_nothing_of_others() {
 }
 
 #[test]
+fn what_a_tenant_had_computed_is_forgotten_when_the_engine_is_told_so() {
+    let engine = start(Scripted(|_, _| certain(A)), limits());
+    let ask = |tenant: &str| cached(engine.submit(of(tenant, prompt(3 * BLOCK_TOKENS))).unwrap());
+    let found = 2 * BLOCK_TOKENS as u32;
+    assert_eq!(
+        [ask("t1"), ask("t2"), ask("t1"), ask("t2")],
+        [0, 0, found, found]
+    );
+    engine.forget(&TenantId::new("t1").unwrap());
+    assert_eq!([ask("t1"), ask("t2"), ask("t1")], [0, found, found]);
+}
+
+#[test]
 fn a_request_ends_with_an_error_when_its_time_is_over_running_or_waiting() {
     let slow = |_, _| {
         std::thread::sleep(Duration::from_millis(5));

@@ -313,6 +313,31 @@ fn another_request_of_the_tenant_finds_what_was_computed_and_one_of_another_does
 }
 
 #[test]
+fn a_tenants_forgotten_prompts_are_computed_again_and_his_running_ones_end_as_they_would() {
+    let mut s = Scheduler::new(Limits {
+        blocks: 40,
+        ..limits()
+    });
+    submit(&mut s, 1, tenant(1), own(1, 50)).unwrap();
+    submit(&mut s, 2, tenant(2), own(1, 20)).unwrap();
+    (0..4).for_each(|_| drop(step(&mut s, 0)));
+    s.remove(SequenceId(2));
+    assert!(s.cached_blocks() > 0);
+    s.forget(&tenant(1));
+    s.forget(&tenant(3));
+    s.blocks.check();
+    for (id, of, len) in [(3, 1, 60), (4, 2, 60)] {
+        submit(&mut s, id, tenant(of), own(1, len)).unwrap();
+    }
+    let next = step(&mut s, 0);
+    let found = next.admitted.iter().map(|a| (a.id.0, a.cached_tokens));
+    assert_eq!(found.collect::<BTreeMap<_, _>>(), [(3, 0), (4, 16)].into());
+    assert!(ids(&next).contains(&SequenceId(1)), "it goes on");
+    s.remove(SequenceId(1));
+    s.blocks.check();
+}
+
+#[test]
 fn what_a_failed_step_did_not_compute_is_not_found() {
     let mut s = Scheduler::new(Limits {
         blocks: 40,
