@@ -16,6 +16,9 @@ const CLIENT_PATIENCE: Duration = Duration::from_secs(3);
 /// Longest time without an answer while a process dies. On a quiet machine it is under 5 s (printed); tests share theirs.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(15);
 
+/// Twice as long as a node may be silent before it is looked for whether it has ended.
+const STANDS_STILL: Duration = Duration::from_secs(3);
+
 /// All three control nodes die in turn, so the leader of the store's Raft group is among them, and with the second and third
 /// death the majority needs what the one before has caught up on.
 #[tokio::test(flavor = "multi_thread")]
@@ -80,6 +83,30 @@ async fn every_process_may_die_while_a_client_asks_and_nothing_acknowledged_is_l
         assert!(started.elapsed() < GIVE_UP, "no answer after the new start");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
+}
+
+/// A rank that gets no processor for longer than a heartbeat lives, as on an overloaded machine, is not taken for dead.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rank_that_stands_still_for_a_while_keeps_its_group() {
+    let cluster = Cluster::start(2).await;
+    let epoch = epoch_of(&cluster.status());
+    for name in ["worker1", "worker2"] {
+        let rank = cluster.process(name);
+        signal(rank.pid, "STOP");
+        tokio::time::sleep(STANDS_STILL).await;
+        signal(rank.pid, "CONT");
+        let question = json!({
+            "model": "SmolLM2-135M-Instruct", "max_tokens": 4,
+            "messages": [{ "role": "user", "content": "Was ist eine Satzung?" }],
+        });
+        let (code, answer) = cluster.post("/v1/chat/completions", question).await;
+        assert_eq!(code, 200, "{name}: {answer}");
+    }
+    assert_eq!(
+        epoch_of(&cluster.status()),
+        epoch,
+        "no group was formed anew"
+    );
 }
 
 /// `kill -9` of the supervisor itself: its processes end, and the next start on the same directory needs no help.

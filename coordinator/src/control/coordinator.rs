@@ -7,9 +7,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rand::RngCore;
+use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{debug, info, warn};
@@ -17,6 +18,7 @@ use tracing::{debug, info, warn};
 use super::command::{Command, Outcome, Rejection};
 use super::formation::{Formation, STORE_REPLICAS, STORES_PATIENCE_MS};
 use super::handle::ControlHandle;
+use super::health::LOOK_FOR_MS;
 use super::join::Admission;
 use super::keys::random_secret;
 use super::machine::ControlMachine;
@@ -32,6 +34,10 @@ use crate::transport::Transport;
 
 /// The leader looks at heartbeats and groups this often; a quarter of a heartbeat's interval adds little delay.
 const LEADER_TICK: Duration = Duration::from_millis(60);
+/// A silent worker is looked for this often.
+const LOOK_FOR_PAUSE_MS: u64 = 250;
+/// A connection inside a region is there or refused in milliseconds.
+const LOOK_FOR_WITHIN: Duration = Duration::from_millis(200);
 /// Expired join tokens are forgotten this often.
 const TOKEN_SWEEP: Duration = Duration::from_secs(60);
 /// Most coordinators that vote: more make every commit slower without surviving more that happens.
@@ -189,6 +195,7 @@ impl Leader {
         let mut revoked = BTreeSet::new();
         let mut voter_change = None;
         let mut told_waiting = false;
+        let mut looked_for = BTreeMap::new();
         loop {
             tokio::select! {
                 _ = tick.tick() => {}
@@ -199,6 +206,7 @@ impl Leader {
                     }
                 }
             }
+            self.beats.look();
             let state = self.states.borrow().clone();
             if state.revoked != revoked {
                 revoked = state.revoked.clone();
@@ -233,10 +241,42 @@ impl Leader {
                      with those that there are"
                 );
             }
-            for command in commands {
-                self.propose(command).await;
-            }
+            self.look_for_silent(now_ms, &state, &mut looked_for);
+            let propose = async {
+                for command in commands {
+                    self.propose(command).await;
+                }
+            };
+            self.beats.looking(propose).await;
             self.adjust_voters(&state, &mut voter_change);
+        }
+    }
+
+    /// Knocks at the data port of each worker that is silent. Its kernel answers for it while it is starved; when the process
+    /// or the machine is gone, nobody does.
+    fn look_for_silent(
+        &self,
+        now_ms: u64,
+        state: &ControlState,
+        looked_for: &mut BTreeMap<NodeId, u64>,
+    ) {
+        looked_for.retain(|_, at_ms| now_ms < *at_ms + LOOK_FOR_PAUSE_MS);
+        for node in state.nodes_with(Role::Worker) {
+            let Some(addr) = node.data_addr else { continue };
+            let silent_ms = self.beats.with(|l| l.silent_ms(now_ms, node.id));
+            if node.incarnation == 0 || silent_ms < LOOK_FOR_MS || looked_for.contains_key(&node.id)
+            {
+                continue;
+            }
+            looked_for.insert(node.id, now_ms);
+            let (beats, id) = (self.beats.clone(), node.id);
+            tokio::spawn(async move {
+                if let Ok(Ok(_)) = timeout(LOOK_FOR_WITHIN, TcpStream::connect(addr)).await {
+                    let now_ms = beats.now_ms();
+                    beats.with(|liveness| liveness.vouched(now_ms, id));
+                    debug!(node = id.0, silent_ms, "silent, but its port answers");
+                }
+            });
         }
     }
 

@@ -3,7 +3,10 @@
 use std::collections::BTreeSet;
 
 use super::*;
-use crate::control::{GroupHealth, HEARTBEAT_INTERVAL_MS, Heartbeat, ModelKind, ShardReport};
+use crate::control::health::Attention;
+use crate::control::{
+    GroupHealth, HEARTBEAT_INTERVAL_MS, HEARTBEAT_TTL_MS, Heartbeat, ModelKind, ShardReport,
+};
 use crate::ids::{DeviceKind, Epoch};
 
 /// A cluster in a glass: processes that beat, and the leader that decides every [`STEP_MS`].
@@ -14,6 +17,8 @@ struct World {
     formation: Formation,
     /// Incarnation of each running process.
     running: BTreeMap<u64, u64>,
+    /// Silent ones whose port answers.
+    there: BTreeSet<u64>,
     health: BTreeMap<u64, GroupHealth>,
     /// Commands that the leader proposed, as they were accepted.
     log: Vec<Command>,
@@ -29,6 +34,7 @@ impl World {
             liveness: Liveness::new(0),
             formation: Formation::default(),
             running: BTreeMap::new(),
+            there: BTreeSet::new(),
             health: BTreeMap::new(),
             log: Vec::new(),
         };
@@ -88,6 +94,18 @@ impl World {
         self.health.remove(&id);
     }
 
+    /// The process gets no processor: it says nothing, and the kernel takes connections for it.
+    fn starve(&mut self, id: u64) {
+        self.running.remove(&id);
+        self.there.insert(id);
+    }
+
+    fn feed(&mut self, id: u64) {
+        self.there.remove(&id);
+        self.running
+            .insert(id, self.state.nodes[&NodeId(id)].incarnation);
+    }
+
     fn beat(&mut self, id: u64) {
         let Some(incarnation) = self.running.get(&id).copied() else {
             return;
@@ -140,6 +158,9 @@ impl World {
             if self.now_ms.is_multiple_of(HEARTBEAT_INTERVAL_MS) {
                 for id in self.running.keys().copied().collect::<Vec<_>>() {
                     self.beat(id);
+                }
+                for &id in &self.there {
+                    self.liveness.vouched(self.now_ms, NodeId(id));
                 }
             }
             self.decide();
@@ -502,4 +523,57 @@ fn whatever_happens_epochs_grow_and_no_worker_holds_two_ranks() {
             "seed {seed}"
         );
     }
+}
+
+#[test]
+fn a_starved_rank_keeps_its_group_as_long_as_it_does_not_hang() {
+    let mut world = World::ready_on_two();
+    let epoch = world.epoch();
+    let up = |world: &World| world.state.nodes[&NodeId(2)].up;
+    world.starve(2);
+    world.pass(2 * HEARTBEAT_TTL_MS);
+    world.feed(2);
+    world.pass(1_000);
+    assert_eq!((world.epoch(), up(&world)), (epoch, true));
+    world.starve(2);
+    world.pass(10_000);
+    assert!(!up(&world), "it hangs");
+    assert_eq!(world.hosts(), [1]);
+}
+
+#[test]
+fn a_rank_whose_end_a_peer_has_seen_is_not_waited_for_because_its_successor_answers() {
+    let mut world = World::ready_on_two();
+    world.starve(2);
+    world.report(1, 1, Some("rank 1 closed its connection"));
+    world.pass(HEARTBEAT_TTL_MS - HEARTBEAT_INTERVAL_MS);
+    assert_eq!(world.hosts(), [1]);
+}
+
+#[test]
+fn a_judge_who_did_not_look_judges_nobody() {
+    let mut attention = Attention::default();
+    let mut liveness = Liveness::new(0);
+    let heartbeat = Heartbeat {
+        node: NodeId(1),
+        incarnation: 1,
+        revision: 0,
+        groups: Vec::new(),
+    };
+    for clock_ms in (0..=600).step_by(60) {
+        attention.look(clock_ms);
+    }
+    assert_eq!(attention.now_ms(610), 610);
+    liveness.heard(attention.now_ms(610), heartbeat);
+    // He slept for a minute; what was sent meanwhile he reads only now.
+    attention.look(60_610);
+    let now_ms = attention.now_ms(60_620);
+    let presence = liveness.presence(now_ms, NodeId(1), 1);
+    assert_eq!(presence, Presence::Live);
+    // From then on silence counts.
+    for clock_ms in (60_620..=62_200).step_by(60) {
+        attention.look(clock_ms);
+    }
+    let presence = liveness.presence(attention.now_ms(62_200), NodeId(1), 1);
+    assert_eq!(presence, Presence::Down);
 }

@@ -1,7 +1,7 @@
 //! What a coordinator answers to other nodes: proposals, reads, watches and heartbeats.
 
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -10,7 +10,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::timeout;
 
 use super::command::{Command, Rejection};
-use super::health::{Heartbeat, Liveness};
+use super::health::{Attention, Heartbeat, Liveness};
 use super::machine::ControlMachine;
 use super::state::ControlState;
 use super::wire::{
@@ -28,6 +28,9 @@ use crate::transport::{ErrorCode, Handler, RemoteError, Reply, Transport};
 /// A watcher hears something this often, or takes the coordinator for dead.
 const ALIVE_INTERVAL: Duration = Duration::from_secs(1);
 
+/// How often the leader looks at the heartbeats while it waits for something else.
+const LOOK_INTERVAL: Duration = Duration::from_millis(60);
+
 /// A reply frame, or why the request makes no sense.
 type Answer = BoxFuture<'static, Result<Vec<u8>, String>>;
 
@@ -43,6 +46,7 @@ pub struct Services {
 /// The leader's memory of heartbeats, and a bell for those that cannot wait.
 pub struct Beats {
     start: clock::Instant,
+    attention: Mutex<Attention>,
     liveness: Mutex<Liveness>,
     pub urgent: Notify,
 }
@@ -51,13 +55,38 @@ impl Beats {
     pub fn new() -> Beats {
         Beats {
             start: clock::monotonic(),
+            attention: Mutex::default(),
             liveness: Mutex::new(Liveness::new(0)),
             urgent: Notify::new(),
         }
     }
 
-    /// Monotone milliseconds since this coordinator started.
+    /// Monotone milliseconds in which this coordinator was attentive.
     pub fn now_ms(&self) -> u64 {
+        self.attention().now_ms(self.clock_ms())
+    }
+
+    /// The leader looks.
+    pub fn look(&self) {
+        self.attention().look(self.clock_ms());
+    }
+
+    /// Does `work`, and looks meanwhile.
+    pub async fn looking(&self, work: impl Future<Output = ()>) {
+        let mut work = std::pin::pin!(work);
+        while timeout(LOOK_INTERVAL, &mut work).await.is_err() {
+            self.look();
+        }
+        self.look();
+    }
+
+    fn attention(&self) -> MutexGuard<'_, Attention> {
+        self.attention
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn clock_ms(&self) -> u64 {
         u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
