@@ -1,9 +1,70 @@
 //! The operations of a transformer layer, behind one interface for every kind of device.
 
+use serde::{Deserialize, Serialize};
+
 use crate::format::Format;
 
 /// Positions in one block of the KV cache.
 pub const BLOCK_TOKENS: usize = 16;
+
+/// How a KV cache keeps its numbers. What is kept of a position depends on that position's keys and values alone.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KvFormat {
+    /// Rounded to f16.
+    #[default]
+    F16,
+    /// A signed byte a number, and a scale for each [`KV_GROUP`] dimensions of a position and head: about half the bytes.
+    Int8,
+}
+
+/// Dimensions that share a scale in [`KvFormat::Int8`]; a head's last group may be shorter.
+pub const KV_GROUP: usize = 32;
+/// A head's dimensions are rounded up to a multiple of this in the cache: whole vectors of every instruction set.
+pub(crate) const KV_DIM_STEP: usize = 16;
+
+impl KvFormat {
+    /// All formats, the most exact first.
+    pub const ALL: [KvFormat; 2] = [KvFormat::F16, KvFormat::Int8];
+
+    /// Its name in configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            KvFormat::F16 => "f16",
+            KvFormat::Int8 => "int8",
+        }
+    }
+
+    /// Bytes of the keys, or of the values, of one block in one head of one layer.
+    pub(crate) fn part_bytes(self, head_dim: usize) -> usize {
+        let dim = head_dim.next_multiple_of(KV_DIM_STEP);
+        let position_bytes = match self {
+            KvFormat::F16 => 2 * dim,
+            KvFormat::Int8 => dim + 2 * dim.div_ceil(KV_GROUP),
+        };
+        position_bytes * BLOCK_TOKENS
+    }
+
+    /// Bytes of one block, keys and values, in one head of one layer.
+    pub fn head_block_bytes(self, head_dim: usize) -> usize {
+        2 * self.part_bytes(head_dim)
+    }
+}
+
+impl std::str::FromStr for KvFormat {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<KvFormat, String> {
+        let found = KvFormat::ALL.into_iter().find(|f| f.name() == name);
+        found.ok_or_else(|| format!("KV format {name:?}; expected f16 or int8"))
+    }
+}
+
+impl std::fmt::Display for KvFormat {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
 
 /// Rounds to a multiple of 2⁻³², as f64. Sums of such numbers below 2²⁰ in magnitude are exact in f64's 53 bits, whatever their
 /// order. Larger numbers land on a coarser grid, the same everywhere; NaN and infinities stay what they are.
@@ -216,12 +277,13 @@ pub trait Device: Send + Sync + 'static {
     /// Rotates `x[rows, heads, head_dim]` in place by each row's position.
     fn rope(&self, x: &mut Self::Buf, rows: usize, heads: usize, positions: &[u32], rope: &Rope);
 
-    /// An empty cache of `blocks` blocks of [`BLOCK_TOKENS`] positions in each layer, f16.
+    /// An empty cache of `blocks` blocks of [`BLOCK_TOKENS`] positions in each layer.
     ///
     /// # Errors
     /// [`Error::Memory`].
     fn kv_alloc(
         &self,
+        format: KvFormat,
         layers: usize,
         kv_heads: usize,
         head_dim: usize,
@@ -229,7 +291,7 @@ pub trait Device: Send + Sync + 'static {
     ) -> Result<Self::Kv, Error>;
     /// Bytes of the cache.
     fn kv_bytes(&self, kv: &Self::Kv) -> usize;
-    /// Stores rows of `k` and `v`, `[slots.len(), kv_heads, head_dim]`, rounded to f16; a slot is `block * BLOCK_TOKENS + offset`.
+    /// Stores rows of `k` and `v`, `[slots.len(), kv_heads, head_dim]`, in the cache's format; a slot is `block * BLOCK_TOKENS + offset`.
     fn kv_write(
         &self,
         kv: &mut Self::Kv,

@@ -25,6 +25,8 @@ pub mod measure;
 
 pub use candidates::top_candidates;
 pub use cpu::Cpu;
-pub use device::{BLOCK_TOKENS, Device, Error, Rope, SeqSpan, WeightRows, to_grid};
+pub use device::{
+    BLOCK_TOKENS, Device, Error, KV_GROUP, KvFormat, Rope, SeqSpan, WeightRows, to_grid,
+};
 pub use format::{Format, dequantize_row, quantize_row};
 pub use isa::Isa;

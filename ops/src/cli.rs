@@ -123,6 +123,9 @@ enum Command {
         /// Longest sequence in tokens; 0 takes the model's own
         #[arg(long, default_value_t = 0)]
         context: usize,
+        /// How keys and values are kept: f16 or int8
+        #[arg(long, default_value_t)]
+        kv_format: worker::kv::KvFormat,
         #[arg(long)]
         json: bool,
     },
@@ -324,6 +327,9 @@ struct Bench {
     /// How sums travel over TCP: exact, f32, bf16 or int8
     #[arg(long, default_value_t, requires = "tcp")]
     wire: worker::collective::Wire,
+    /// How keys and values are kept: f16 or int8
+    #[arg(long, default_value_t)]
+    kv_format: worker::kv::KvFormat,
     /// Prompt tokens to prefill
     #[arg(short = 'p', long = "prompt", default_value_t = 512)]
     prefill: usize,
@@ -380,8 +386,9 @@ impl Cli {
                 memory,
                 speed,
                 context,
+                kv_format,
                 json,
-            } => operator::plan(&model, ranks, &memory, &speed, context, json),
+            } => operator::plan(&model, ranks, &memory, &speed, context, kv_format, json),
             Command::Bench(bench) => bench.run(),
             Command::Extract => std::process::exit(rag_store::extract::child_main()),
             Command::Token {
@@ -496,6 +503,7 @@ impl Bench {
                 wire: self.wire,
                 overlap: true,
             },
+            kv_format: self.kv_format,
             prefill: self.prefill,
             decode: self.decode,
             batch: self.batch,

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow};
 use coordinator::control::ModelKind;
 use worker::file::ModelFile;
+use worker::kv::KvFormat;
 use worker::plan::{RankCapacity, ShardPlan, plan};
 
 const DEFAULT_GENERATE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
@@ -65,14 +66,19 @@ pub fn kind_of(path: &Path) -> ModelKind {
 ///
 /// # Errors
 /// The file is no model that can be served, has too few KV heads for so many ranks, or does not fit.
-pub fn plan_for(path: &Path, ranks: &[RankCapacity], context_tokens: usize) -> Result<ShardPlan> {
+pub fn plan_for(
+    path: &Path,
+    ranks: &[RankCapacity],
+    context_tokens: usize,
+    kv_format: KvFormat,
+) -> Result<ShardPlan> {
     let config = ModelFile::open(path)?.config()?;
     let context_tokens = if context_tokens == 0 {
         config.context_tokens
     } else {
         context_tokens
     };
-    plan(&config, ranks, context_tokens)
+    plan(&config, ranks, context_tokens, kv_format)
         .map_err(|e| anyhow!(e))
         .with_context(|| format!("{}", path.display()))
 }
@@ -83,7 +89,13 @@ pub fn check(path: &Path, ranks: u32, memory_bytes: u64) -> Result<()> {
         memory_bytes,
         read_bytes_per_s: 1,
     };
-    plan_for(path, &vec![capacity; ranks as usize], 0).map(drop)
+    plan_for(
+        path,
+        &vec![capacity; ranks as usize],
+        0,
+        KvFormat::default(),
+    )
+    .map(drop)
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ mod group;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use kernels::{BLOCK_TOKENS, Cpu, Device, Isa};
+use kernels::{BLOCK_TOKENS, Cpu, Device, Isa, KvFormat};
 use serde::{Deserialize, Serialize};
 
 use crate::file::{ModelConfig, ModelFile};
@@ -14,7 +14,7 @@ use crate::kv::BlockTable;
 use crate::model::{self, RankModel, Span, StepBatch};
 use crate::plan::{RankCapacity, plan};
 
-pub use formats::{FormatOptions, FormatQuality, formats};
+pub use formats::{FormatOptions, FormatQuality, kv_formats, wire_formats};
 pub use group::Ranks;
 
 /// Rows of one prefill step: what a worker's scheduler takes at most in a step unless told otherwise.
@@ -29,6 +29,8 @@ pub struct BenchOptions {
     /// Of all ranks together; 0 takes as many as there are cores.
     pub threads: usize,
     pub ranks: Ranks,
+    /// How keys and values are kept.
+    pub kv_format: KvFormat,
     /// Prompt tokens to prefill, in one sequence; 0 leaves it out.
     pub prefill: usize,
     /// Tokens to decode, in each sequence; 0 leaves it out.
@@ -48,6 +50,7 @@ pub struct BenchReport {
     pub threads: usize,
     pub ranks: usize,
     pub isa: String,
+    pub kv_format: KvFormat,
     pub prefill_tokens: usize,
     pub decode_tokens: usize,
     pub batch: usize,
@@ -145,7 +148,8 @@ pub fn run(options: &BenchOptions) -> Result<BenchReport, Error> {
         read_bytes_per_s: 1,
     };
     let capacities = vec![capacity; options.ranks.count.max(1)];
-    let mut plan = plan(&config, &capacities, longest).map_err(model::Error::from)?;
+    let mut plan =
+        plan(&config, &capacities, longest, options.kv_format).map_err(model::Error::from)?;
     plan.kv_blocks = BlockTable::blocks_for(options.prefill.max(options.context))
         .max(batch * BlockTable::blocks_for(options.decode + 1))
         .max(1);
@@ -188,6 +192,7 @@ pub fn run(options: &BenchOptions) -> Result<BenchReport, Error> {
         threads,
         ranks: capacities.len(),
         isa: isa.name().into(),
+        kv_format: options.kv_format,
         prefill_tokens: options.prefill,
         decode_tokens: options.decode,
         batch,
@@ -212,12 +217,13 @@ impl std::fmt::Display for BenchReport {
             threads,
             ranks,
             isa,
+            kv_format,
             limits,
             ..
         } = self;
         writeln!(
             f,
-            "{model} · {ranks} ranks · {threads} threads · {isa} · loaded in {:.2} s",
+            "{model} · {ranks} ranks · {threads} threads · {isa} · KV in {kv_format} · loaded in {:.2} s",
             self.load_s
         )?;
         if let Some(rate) = self.prefill_tokens_per_s {

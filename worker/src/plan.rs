@@ -5,6 +5,7 @@
 
 use std::ops::Range;
 
+use kernels::KvFormat;
 use serde::{Deserialize, Serialize};
 
 use crate::file::ModelConfig;
@@ -54,6 +55,8 @@ pub struct ShardPlan {
     pub context_tokens: usize,
     /// KV blocks, the same number on every rank.
     pub kv_blocks: usize,
+    /// How they keep their numbers, the same on every rank.
+    pub kv_format: KvFormat,
 }
 
 /// Why a model cannot be divided so.
@@ -97,8 +100,17 @@ pub enum Error {
 }
 
 impl ShardPlan {
-    /// The plan of one rank that holds everything, with room for one context and no limit on memory.
+    /// The plan of one rank that holds everything, with no limit on memory and keys and values in f16.
     pub fn whole(config: &ModelConfig, context_tokens: usize) -> Result<ShardPlan, Error> {
+        Self::whole_in(KvFormat::F16, config, context_tokens)
+    }
+
+    /// [`ShardPlan::whole`] with keys and values in `kv_format`.
+    pub fn whole_in(
+        kv_format: KvFormat,
+        config: &ModelConfig,
+        context_tokens: usize,
+    ) -> Result<ShardPlan, Error> {
         plan(
             config,
             &[RankCapacity {
@@ -106,6 +118,7 @@ impl ShardPlan {
                 read_bytes_per_s: 1,
             }],
             context_tokens,
+            kv_format,
         )
     }
 
@@ -138,6 +151,7 @@ pub fn plan(
     config: &ModelConfig,
     ranks: &[RankCapacity],
     context_tokens: usize,
+    kv_format: KvFormat,
 ) -> Result<ShardPlan, Error> {
     let sizes = &config.sizes;
     let heads_a_unit = sizes.kv_head_block.clamp(1, config.kv_heads);
@@ -160,7 +174,7 @@ pub fn plan(
     }
     let segment = segment_columns(config);
     let blocks_a_context = context_tokens.div_ceil(BLOCK_TOKENS) as u64;
-    let head_block_bytes = config.kv_head_token_bytes() * BLOCK_TOKENS as u64;
+    let head_block_bytes = config.kv_head_block_bytes(kv_format);
     let head_kv_bytes = head_block_bytes * blocks_a_context;
     let segment_bytes =
         (sizes.ffn_block_bytes * segment as u64).div_ceil(sizes.ffn_block.max(1) as u64);
@@ -234,6 +248,7 @@ pub fn plan(
         segment_columns: segment,
         context_tokens,
         kv_blocks: kv_blocks as usize,
+        kv_format,
     })
 }
 

@@ -5,7 +5,7 @@ mod support;
 use std::ops::Range;
 use std::path::Path;
 
-use kernels::{BLOCK_TOKENS, Cpu, Format};
+use kernels::{BLOCK_TOKENS, Cpu, Format, KvFormat};
 use support::{Over, cpu, on_ranks, on_ranks_with, push, smollm2};
 use worker::file::{
     Error as FileError, LAYER_WEIGHTS, LayerWeight, ModelConfig, ModelFile, Tensor, Weight,
@@ -67,7 +67,7 @@ fn division(file: &ModelFile, speeds: &[u64]) -> ShardPlan {
             read_bytes_per_s,
         })
         .collect();
-    plan(&file.config().unwrap(), &ranks, 1024).unwrap()
+    plan(&file.config().unwrap(), &ranks, 1024, KvFormat::F16).unwrap()
 }
 
 #[test]

@@ -4,7 +4,7 @@ mod support;
 
 use std::path::PathBuf;
 
-use kernels::{BLOCK_TOKENS, Device};
+use kernels::{BLOCK_TOKENS, Device, KvFormat};
 use support::exact::ExactKv;
 use support::{Over, cpu, on_ranks, push};
 use worker::file::ModelFile;
@@ -15,6 +15,8 @@ use worker::plan::{RankCapacity, plan};
 const TOLERANCE: f32 = 1e-4;
 /// With keys and values in f16, as they are kept in use: rounding to 11 bits, over three layers.
 const TOLERANCE_F16: f32 = 5e-3;
+/// In int8: a step of 1/127 of the largest of 32 numbers.
+const TOLERANCE_INT8: f32 = 5e-2;
 
 fn fixture() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/llama-tiny")
@@ -75,13 +77,20 @@ fn logits<D: Device>(model: &mut RankModel<D>, tokens: &[u32], rows: usize) -> V
     out.into_iter().map(|c| c.full.unwrap()).collect()
 }
 
-/// Logits on `size` ranks of which each computes on a `device`.
-fn on<D: Device>(size: usize, over: Over, device: impl Fn() -> D + Sync) -> Vec<Vec<f32>> {
-    logits_of(&ModelFile::open(fixture()).unwrap(), size, over, device)
+/// Logits on `size` ranks of which each computes on a `device`, with keys and values in `format`.
+fn on<D: Device>(
+    format: KvFormat,
+    size: usize,
+    over: Over,
+    device: impl Fn() -> D + Sync,
+) -> Vec<Vec<f32>> {
+    let file = ModelFile::open(fixture()).unwrap();
+    logits_of(&file, format, size, over, device)
 }
 
 fn logits_of<D: Device>(
     file: &ModelFile,
+    format: KvFormat,
     size: usize,
     over: Over,
     device: impl Fn() -> D + Sync,
@@ -93,7 +102,7 @@ fn logits_of<D: Device>(
         memory_bytes: 1 << 30,
         read_bytes_per_s: 1,
     };
-    let plan = plan(&config, &vec![capacity; size], 128).unwrap();
+    let plan = plan(&config, &vec![capacity; size], 128, format).unwrap();
     on_ranks(file, &plan, over, device, |model| {
         logits(model, &tokens, expected.len())
     })
@@ -114,21 +123,23 @@ fn assert_agrees(got: &[Vec<f32>], tolerance: f32) {
 
 #[test]
 fn logits_agree_with_the_transformers_reference_on_one_rank_and_on_two() {
-    let one = on(1, Over::Tcp, || ExactKv(cpu()));
+    let exact = |size, over| on(KvFormat::F16, size, over, || ExactKv(cpu()));
+    let one = exact(1, Over::Tcp);
     assert_agrees(&one, TOLERANCE);
-    assert_eq!(
-        on(2, Over::Shm, || ExactKv(cpu())),
-        one,
-        "one rank and two differ"
-    );
+    assert_eq!(exact(2, Over::Shm), one, "one rank and two differ");
 }
 
 #[test]
-fn a_cache_in_f16_stays_near_the_reference_and_is_the_same_on_two_ranks() {
-    let one = on(1, Over::Tcp, cpu);
-    assert_agrees(&one, TOLERANCE_F16);
-    for over in [Over::Tcp, Over::Shm] {
-        assert_eq!(on(2, over, cpu), one, "one rank and two differ");
+fn a_cache_in_either_format_stays_near_the_reference_and_is_the_same_on_two_ranks() {
+    for (format, tolerance) in [
+        (KvFormat::F16, TOLERANCE_F16),
+        (KvFormat::Int8, TOLERANCE_INT8),
+    ] {
+        let one = on(format, 1, Over::Tcp, cpu);
+        assert_agrees(&one, tolerance);
+        for over in [Over::Tcp, Over::Shm] {
+            assert_eq!(on(format, 2, over, cpu), one, "one rank and two differ");
+        }
     }
 }
 
@@ -141,7 +152,7 @@ fn the_same_model_as_gguf_agrees_too() {
     let gguf = ModelFile::open(&path).unwrap();
     assert!(gguf.config().unwrap().rope_interleaved);
     assert_agrees(
-        &logits_of(&gguf, 1, Over::Tcp, || ExactKv(cpu())),
+        &logits_of(&gguf, KvFormat::F16, 1, Over::Tcp, || ExactKv(cpu())),
         TOLERANCE,
     );
 }

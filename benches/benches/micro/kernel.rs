@@ -4,7 +4,7 @@ use std::fmt;
 
 use divan::Bencher;
 use divan::counter::{BytesCount, ItemsCount};
-use kernels::{BLOCK_TOKENS, Cpu, Device, Format, Isa, SeqSpan, WeightRows};
+use kernels::{BLOCK_TOKENS, Cpu, Device, Format, Isa, KvFormat, SeqSpan, WeightRows};
 
 /// A part of Llama 3.2 1B's gate matrix: the cache holds none of its copies.
 const ROWS: usize = 2048;
@@ -64,26 +64,44 @@ fn matmul(bencher: Bencher, product: Product) {
         });
 }
 
+/// A number of positions, kept in a format.
+#[derive(Clone, Copy)]
+struct Cached {
+    format: KvFormat,
+    positions: usize,
+}
+
+impl fmt::Display for Cached {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} × {}", self.format, self.positions)
+    }
+}
+
+fn cached<const N: usize>(positions: [usize; N]) -> impl Iterator<Item = Cached> {
+    let of = move |format| positions.map(|positions| Cached { format, positions });
+    KvFormat::ALL.into_iter().flat_map(of)
+}
+
 /// One row of each of several sequences, over the heads of Llama 3.2 1B; bytes are those of the cache that is read.
-#[divan::bench(args = [128, 1024, 8192], consts = [1, 8], sample_count = 20)]
-fn attention_decode<const SEQUENCES: usize>(bencher: Bencher, context: usize) {
-    attention(bencher, SEQUENCES, 1, context);
+#[divan::bench(args = cached([128, 1024, 8192]), consts = [1, 8], sample_count = 20)]
+fn attention_decode<const SEQUENCES: usize>(bencher: Bencher, context: Cached) {
+    attention(bencher, context.format, SEQUENCES, 1, context.positions);
 }
 
 /// A whole prompt that attends to itself.
-#[divan::bench(args = [128, 512], sample_count = 10)]
-fn attention_prefill(bencher: Bencher, rows: usize) {
-    attention(bencher, 1, rows, 0);
+#[divan::bench(args = cached([128, 512]), sample_count = 10)]
+fn attention_prefill(bencher: Bencher, prompt: Cached) {
+    attention(bencher, prompt.format, 1, prompt.positions, 0);
 }
 
-fn attention(bencher: Bencher, sequences: usize, rows: usize, context: usize) {
+fn attention(bencher: Bencher, format: KvFormat, sequences: usize, rows: usize, context: usize) {
     const HEADS: usize = 32;
     const KV_HEADS: usize = 8;
     const DIM: usize = 64;
     let cpu = cpu();
     let blocks = (context + rows).div_ceil(BLOCK_TOKENS);
     let kv = cpu
-        .kv_alloc(1, KV_HEADS, DIM, sequences * blocks)
+        .kv_alloc(format, 1, KV_HEADS, DIM, sequences * blocks)
         .expect("memory for the cache");
     let tables: Vec<Vec<u32>> = (0..sequences)
         .map(|s| (s * blocks..(s + 1) * blocks).map(|b| b as u32).collect())
@@ -100,7 +118,7 @@ fn attention(bencher: Bencher, sequences: usize, rows: usize, context: usize) {
         .collect();
     let q = vec![0.1; sequences * rows * HEADS * DIM];
     let mut out = q.clone();
-    let read = sequences * (context + rows) * KV_HEADS * DIM * 2 * 2;
+    let read = sequences * blocks * KV_HEADS * format.head_block_bytes(DIM);
     bencher
         .counter(BytesCount::new(read))
         .bench_local(|| cpu.attention(&q, &kv, 0, HEADS, &spans, &mut out));

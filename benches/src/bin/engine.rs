@@ -60,6 +60,7 @@ fn main() -> Result<()> {
         model: options.model,
         threads: options.threads,
         ranks: Default::default(),
+        kv_format: Default::default(),
         prefill: options.prefill,
         decode: options.decode,
         batch: options.batch,

@@ -7,7 +7,7 @@
 
 use std::time::Instant;
 
-use kernels::{Cpu, Device, Format, Isa, SeqSpan, WeightRows, measure};
+use kernels::{BLOCK_TOKENS, Cpu, Device, Format, Isa, KvFormat, SeqSpan, WeightRows, measure};
 
 const PREFILL_ROWS: usize = 512;
 /// Seconds that each measurement may take.
@@ -117,10 +117,14 @@ fn matmul(cpu: &Cpu, format: Format, rows: usize, cols: usize, bytes: usize) -> 
 }
 
 fn attention(cpu: &Cpu) {
-    for (heads, kv_heads, dim, context) in [(9, 3, 64, 2048), (32, 8, 64, 2048)] {
+    let shapes = [(9, 3, 64, 2048), (32, 8, 64, 2048), (64, 8, 128, 8192)];
+    for (format, (heads, kv_heads, dim, context)) in shapes
+        .into_iter()
+        .flat_map(|shape| KvFormat::ALL.map(|format| (format, shape)))
+    {
         let blocks: Vec<u32> = (0..(context as u32 + 512) / 16).collect();
         let kv = cpu
-            .kv_alloc(1, kv_heads, dim, blocks.len())
+            .kv_alloc(format, 1, kv_heads, dim, blocks.len())
             .expect("memory for the cache");
         let q = vec![0.1; 512 * heads * dim];
         let mut out = q.clone();
@@ -134,9 +138,9 @@ fn attention(cpu: &Cpu) {
             best(|| cpu.attention(&q, &kv, 0, heads, &[span], &mut out))
         };
         let (decode, prefill) = (time(1, context), time(512, 0));
-        let bytes = (2 * 2 * context * kv_heads * dim) as f64;
+        let bytes = (format.head_block_bytes(dim) * kv_heads * context / BLOCK_TOKENS) as f64;
         println!(
-            "attention {heads}/{kv_heads} heads of {dim}: one row over {context}: {:.0} µs, {:.1} GB/s; 512 rows: {:.1} ms, {:.0} GFLOPS",
+            "attention {heads}/{kv_heads} heads of {dim}, {format}: one row over {context}: {:.0} µs, {:.1} GB/s; 512 rows: {:.1} ms, {:.0} GFLOPS",
             decode * 1e6,
             bytes / decode / 1e9,
             prefill * 1e3,

@@ -1,169 +1,17 @@
-//! Causal attention over a paged f16 cache, with grouped heads and an online softmax.
+//! Causal attention over the paged cache, with grouped heads and an online softmax.
 //!
-//! A block's keys lie transposed, `[dim, position]`, so that one vector holds a score of each position; its values lie
-//! `[position, dim]`. Each query meets the blocks of its sequence in order, whatever other queries are near.
+//! Blocks become floats a few at a time, whatever the cache's format ([`kv`](super::kv)). Keys come as `[dim, position]`, so that one
+//! vector holds a score of each position, values as `[position, dim]`. Each query meets the blocks of its sequence in order, whatever
+//! other queries are near.
 
-use super::bytes::{Bytes, Pages};
+use super::kv::Kv;
 use super::simd::{Job, Simd, exp};
-use crate::device::{BLOCK_TOKENS, Error, SeqSpan};
+use crate::device::{BLOCK_TOKENS, SeqSpan};
 
 /// Query vectors (rows × heads of a group) that share one conversion of a block to floats.
 const QUERIES: usize = 32;
 /// Query vectors whose scores are computed together, to hide an addition's latency.
 const TOGETHER: usize = 4;
-
-/// A paged KV cache of all layers.
-pub struct Kv {
-    layers: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    /// `head_dim` rounded up to whole vectors; what lies between is zero.
-    dim: usize,
-    blocks: usize,
-    /// `[layers, blocks, kv_heads, dim, BLOCK_TOKENS]` f16
-    keys: Bytes,
-    /// `[layers, blocks, kv_heads, BLOCK_TOKENS, dim]` f16
-    values: Bytes,
-}
-
-impl Kv {
-    pub(crate) fn new(
-        layers: usize,
-        kv_heads: usize,
-        head_dim: usize,
-        blocks: usize,
-    ) -> Result<Kv, Error> {
-        let dim = head_dim.next_multiple_of(16);
-        let len = [blocks, kv_heads, dim, BLOCK_TOKENS]
-            .iter()
-            .try_fold(layers, |a, &b| a.checked_mul(b));
-        let bytes = len.and_then(|len| len.checked_mul(4)).unwrap_or(usize::MAX);
-        let error = || Error::Memory {
-            bytes,
-            what: "the KV cache",
-        };
-        let len = len
-            .filter(|_| bytes <= isize::MAX as usize)
-            .ok_or_else(error)?;
-        // A sequence's block touches a little of every layer.
-        let zeroed = || Bytes::zeroed(2 * len, "the KV cache", Pages::Sparse);
-        Ok(Kv {
-            layers,
-            kv_heads,
-            head_dim,
-            dim,
-            blocks,
-            keys: zeroed()?,
-            values: zeroed()?,
-        })
-    }
-
-    pub(crate) fn bytes(&self) -> usize {
-        self.keys.len() + self.values.len()
-    }
-
-    pub(crate) fn kv_heads(&self) -> usize {
-        self.kv_heads
-    }
-
-    /// Floats of one row of keys.
-    pub(crate) fn width(&self) -> usize {
-        self.kv_heads * self.head_dim
-    }
-
-    /// Where a KV head's part of a block begins, in keys and in values.
-    fn at(&self, layer: usize, block: usize, head: usize) -> usize {
-        ((layer * self.blocks + block) * self.kv_heads + head) * self.dim * BLOCK_TOKENS
-    }
-
-    /// The pointers through which [`Store`] writes; everything it is told was checked here.
-    pub(crate) fn target(
-        &mut self,
-        layer: usize,
-        k_len: usize,
-        v_len: usize,
-        slots: &[u32],
-    ) -> Target {
-        let width = self.width();
-        assert!(
-            layer < self.layers && k_len >= slots.len() * width && v_len >= slots.len() * width
-        );
-        for &slot in slots {
-            assert!(
-                slot as usize / BLOCK_TOKENS < self.blocks,
-                "slot {slot} of {} blocks",
-                self.blocks
-            );
-        }
-        Target {
-            keys: self.keys.as_mut_ptr().cast(),
-            values: self.values.as_mut_ptr().cast(),
-        }
-    }
-}
-
-/// Where [`Store`] writes.
-#[derive(Clone, Copy)]
-pub(crate) struct Target {
-    keys: *mut u16,
-    values: *mut u16,
-}
-
-// SAFETY: each task writes one head's keys or values only.
-unsafe impl Send for Target {}
-// SAFETY: as above.
-unsafe impl Sync for Target {}
-
-/// Stores rows of keys, or of values, of one head, as f16.
-pub(crate) struct Store<'a> {
-    /// The cache that `target` came from.
-    pub kv: &'a Kv,
-    pub target: Target,
-    pub layer: usize,
-    pub head: usize,
-    /// Whether `rows` are keys.
-    pub keys: bool,
-    /// `[slots.len(), kv_heads, head_dim]`
-    pub rows: *const f32,
-    pub slots: &'a [u32],
-}
-
-impl Job for Store<'_> {
-    type Out = ();
-    #[inline(always)]
-    unsafe fn run<S: Simd>(self) {
-        let (dim, head_dim) = (self.kv.dim, self.kv.head_dim);
-        let width = self.kv.width();
-        for (i, &slot) in self.slots.iter().enumerate() {
-            let (block, t) = (slot as usize / BLOCK_TOKENS, slot as usize % BLOCK_TOKENS);
-            let at = self.kv.at(self.layer, block, self.head);
-            for d in (0..head_dim).step_by(S::LANES) {
-                let count = S::LANES.min(head_dim - d);
-                // SAFETY: `Kv::target` checked rows, layer and slots; a vector of values ends within the padded `dim`, and what lies
-                // beyond `head_dim` stays zero.
-                unsafe {
-                    let from = self.rows.add(i * width + self.head * head_dim + d);
-                    let mut floats = [0.0f32; 16];
-                    let x = if count == S::LANES {
-                        S::load(from)
-                    } else {
-                        std::ptr::copy_nonoverlapping(from, floats.as_mut_ptr(), count);
-                        S::load(floats.as_ptr())
-                    };
-                    if self.keys {
-                        let mut halves = [0u16; 16];
-                        S::store_f16(halves.as_mut_ptr(), x);
-                        for (j, &half) in halves[..count].iter().enumerate() {
-                            *self.target.keys.add(at + (d + j) * BLOCK_TOKENS + t) = half;
-                        }
-                    } else {
-                        S::store_f16(self.target.values.add(at + t * dim + d), x);
-                    }
-                }
-            }
-        }
-    }
-}
 
 /// A part of the work: some rows of one span, for one KV head.
 pub(crate) struct Part {
@@ -295,14 +143,12 @@ impl Job for Attend<'_> {
         let blocks = &span.blocks[..positions.div_ceil(BLOCK_TOKENS)];
         for (j, blocks) in blocks.chunks(at_once).enumerate() {
             for (b, &block) in blocks.iter().enumerate() {
-                // In bytes, two a number.
-                let from = 2 * kv.at(self.layer, block as usize, self.part.kv_head);
-                let to = from + 2 * block_len;
+                let (block, head) = (block as usize, self.part.kv_head);
                 let part = b * block_len..(b + 1) * block_len;
-                // SAFETY: a block's floats are a multiple of every vector.
+                // SAFETY: passed on to whoever made the job.
                 unsafe {
-                    widen::<S>(&kv.keys[from..to], &mut keys[part.clone()]);
-                    widen::<S>(&kv.values[from..to], &mut values[part]);
+                    kv.widen_keys::<S>(self.layer, block, head, &mut keys[part.clone()]);
+                    kv.widen_values::<S>(self.layer, block, head, &mut values[part]);
                 }
             }
             for first in (0..queries).step_by(TOGETHER) {
@@ -355,22 +201,6 @@ impl Job for Attend<'_> {
                 }
             }
         }
-    }
-}
-
-/// `out` from the bytes of f16.
-///
-/// # Safety
-/// As [`Simd`]; `from` holds as many numbers as `out`, a multiple of a vector.
-#[inline(always)]
-unsafe fn widen<S: Simd>(from: &[u8], out: &mut [f32]) {
-    debug_assert!(from.len() == 2 * out.len() && out.len().is_multiple_of(S::LANES));
-    for i in (0..out.len()).step_by(S::LANES) {
-        // SAFETY: whole vectors within both.
-        unsafe {
-            let from = from.as_ptr().add(2 * i).cast();
-            S::store(out.as_mut_ptr().add(i), S::load_f16(from));
-        };
     }
 }
 

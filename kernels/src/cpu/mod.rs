@@ -1,11 +1,12 @@
 //! The processor as a [`Device`]: this file cuts operations into tasks; what a task computes is in the other rooms.
 //!
-//! [`layout`]: packed weights. [`activations`]: rows as bytes. [`matmul_int`], [`matmul_float`], [`attention`], [`layer`]:
-//! kernels, written once over [`simd`]'s vectors. [`pool`]: the threads. No model and no file format is known here.
+//! [`layout`]: packed weights. [`activations`]: rows as bytes. [`matmul_int`], [`matmul_float`], [`kv`], [`attention`],
+//! [`layer`]: kernels, written once over [`simd`]'s vectors. [`pool`]: the threads. No model and no file format is known here.
 
 mod activations;
 mod attention;
 pub(crate) mod bytes;
+mod kv;
 mod layer;
 mod layout;
 mod matmul_float;
@@ -15,7 +16,7 @@ pub(crate) mod simd;
 
 use std::sync::{Mutex, PoisonError};
 
-pub use attention::Kv;
+pub use kv::Kv;
 pub use layout::Matrix;
 
 use activations::{Quantise, XBlock};
@@ -26,7 +27,7 @@ use matmul_int::{MultiplyInts, Output, STRIP_PANELS, wants_strips};
 use pool::Pool;
 use simd::{Job, dispatch};
 
-use crate::device::{Device, Error, Rope, SeqSpan, WeightRows};
+use crate::device::{Device, Error, KvFormat, Rope, SeqSpan, WeightRows};
 use crate::isa::Isa;
 
 /// Floats for which an elementwise operation is worth another thread (about 5 µs of work).
@@ -451,12 +452,13 @@ impl Device for Cpu {
 
     fn kv_alloc(
         &self,
+        format: KvFormat,
         layers: usize,
         kv_heads: usize,
         head_dim: usize,
         blocks: usize,
     ) -> Result<Kv, Error> {
-        Kv::new(layers, kv_heads, head_dim, blocks)
+        Kv::new(format, layers, kv_heads, head_dim, blocks)
     }
 
     fn kv_bytes(&self, kv: &Kv) -> usize {
@@ -469,7 +471,7 @@ impl Device for Cpu {
         let store = |part: usize| {
             let (head, keys) = (part / 2, part.is_multiple_of(2));
             let rows = if keys { k.as_ptr() } else { v.as_ptr() };
-            let job = attention::Store {
+            let job = kv::Store {
                 kv,
                 target,
                 layer,

@@ -88,6 +88,7 @@ const SECTIONS: [(&str, &[Key]); 5] = [
             key("memory_bytes", Kind::Number),
             key("read_bytes_per_s", Kind::Number),
             key("wire", Kind::Text),
+            key("kv_format", Kind::Text),
             key("speculate", Kind::Switch),
             key("max_waiting", Kind::Number),
             key("mixed_rows", Kind::Number),

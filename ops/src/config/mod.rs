@@ -118,6 +118,8 @@ pub struct WorkerSection {
     /// How sums travel between ranks on different hosts: `exact` (the default; answers do not depend on the number of ranks), `f32`,
     /// `bf16` or `int8`. What rank 0's node says holds for its group.
     pub wire: worker::collective::Wire,
+    /// How keys and values are kept: `f16` (the default) or `int8`, about half the memory. What rank 0's node says holds for its group.
+    pub kv_format: worker::kv::KvFormat,
     /// Whether tokens are guessed ahead where that pays; answers are the same. What rank 0's node says holds for its group.
     pub speculate: bool,
     /// Requests that may wait in one group; at least 1. As all below, what rank 0's node says holds for its group.
@@ -142,6 +144,7 @@ impl Default for WorkerSection {
             memory_bytes: 0,
             read_bytes_per_s: 0,
             wire: Default::default(),
+            kv_format: Default::default(),
             speculate: true,
             max_waiting: 512,
             mixed_rows: 64,

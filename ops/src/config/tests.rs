@@ -49,6 +49,7 @@ fn the_environment_wins() {
         ("VERBUND_NODE_NAME", "b"),
         ("VERBUND_NODE_ROLES", "gateway, store"),
         ("VERBUND_WORKER_MEMORY_BYTES", "1024"),
+        ("VERBUND_WORKER_KV_FORMAT", "int8"),
         ("VERBUND_CLUSTER_BOOTSTRAP", "1=127.0.0.1:3,2=127.0.0.1:4"),
         ("VERBUND_WORKER_TENANT_WAITING", "4000"),
         (
@@ -64,6 +65,7 @@ fn the_environment_wins() {
         (config.node.name.as_str(), config.worker.memory_bytes),
         ("b", 1024)
     );
+    assert_eq!(config.worker.kv_format, worker::kv::KvFormat::Int8);
     assert_eq!(
         config.node.roles,
         BTreeSet::from([Role::Gateway, Role::Store])
@@ -187,6 +189,16 @@ fn every_mistake_is_named_with_its_remedy() {
             SMALL.to_owned(),
             vec![("VERBUND_WORKER_TENANT_WEIGHTS", "nord=viel")],
             vec!["VERBUND_WORKER_TENANT_WEIGHTS", "musterstadt=2", "viel"],
+        ),
+        (
+            format!("{SMALL}\n[worker]\nkv_format = \"int4\""),
+            vec![],
+            vec!["int4", "f16", "int8"],
+        ),
+        (
+            SMALL.to_owned(),
+            vec![("VERBUND_WORKER_KV_FORMAT", "q8")],
+            vec!["q8", "f16", "int8"],
         ),
         (replaced("name = \"a\"", ""), vec![], vec!["name"]),
         (

@@ -240,6 +240,7 @@ fn start_worker(
     let limit = |n: u32| if n == 0 { usize::MAX } else { count(n) };
     let worker_config = WorkerConfig {
         wire: config.worker.wire,
+        kv_format: config.worker.kv_format,
         speculate: config.worker.speculate,
         max_waiting: count(config.worker.max_waiting),
         mixed_rows: count(config.worker.mixed_rows),

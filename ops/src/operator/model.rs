@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use coordinator::control::{Command, Deployment, GroupState, ModelKind};
 use serde_json::json;
+use worker::kv::KvFormat;
 use worker::plan::RankCapacity;
 
 use super::{Operator, bytes, print_json, print_table};
@@ -74,6 +75,7 @@ pub async fn add(operator: &Operator, new: NewModel<'_>, as_json: bool) -> Resul
             new.path,
             &vec![unbounded(); new.ranks as usize],
             new.context_tokens as usize,
+            KvFormat::default(),
         )?;
     }
     let model = new.name.unwrap_or_else(|| models::id_of(new.path));
@@ -119,6 +121,7 @@ pub fn plan(
     memory: &[u64],
     speed: &[u64],
     context_tokens: usize,
+    kv_format: KvFormat,
     as_json: bool,
 ) -> Result<()> {
     if memory.len() > 1 && memory.len() != ranks as usize {
@@ -146,16 +149,17 @@ pub fn plan(
             read_bytes_per_s: nth(speed, at, 1),
         })
         .collect();
-    let plan = models::plan_for(path, &capacities, context_tokens)
+    let plan = models::plan_for(path, &capacities, context_tokens, kv_format)
         .context("this division is not possible")?;
     if as_json {
         return print_json(&serde_json::to_value(&plan)?);
     }
     println!(
-        "{} · context {} tokens · {} KV blocks",
+        "{} · context {} tokens · {} KV blocks in {}",
         models::id_of(path),
         plan.context_tokens,
-        plan.kv_blocks
+        plan.kv_blocks,
+        plan.kv_format
     );
     let range = |r: &std::ops::Range<usize>| format!("{}..{} ({})", r.start, r.end, r.len());
     let rows: Vec<_> = plan

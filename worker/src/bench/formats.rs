@@ -1,8 +1,8 @@
-//! What each wire format does to a model's predictions.
+//! What each format, of sums on the wire or of the KV cache, does to a model's predictions.
 
 use std::path::PathBuf;
 
-use kernels::{Cpu, Isa};
+use kernels::{Cpu, Isa, KvFormat};
 use serde::Serialize;
 
 use super::group::{Ranks, on_ranks};
@@ -27,14 +27,14 @@ pub struct FormatOptions {
     pub chunks: usize,
 }
 
-/// One format beside the exact one.
+/// One format beside the most exact one.
 #[derive(Debug, Clone, Serialize)]
-pub struct FormatQuality {
-    pub format: Wire,
+pub struct FormatQuality<F> {
+    pub format: F,
     pub perplexity: Perplexity,
-    /// Perplexity over the exact format's.
+    /// Perplexity over the most exact format's.
     pub perplexity_ratio: f64,
-    /// Share of the scored places at which the likeliest token is the exact format's.
+    /// Share of the scored places at which the likeliest token is the most exact format's.
     pub top1_agreement: f64,
 }
 
@@ -42,7 +42,23 @@ pub struct FormatQuality {
 ///
 /// # Errors
 /// The model or the text cannot be read, or the text is shorter than one chunk.
-pub fn formats(options: &FormatOptions) -> Result<Vec<FormatQuality>, Error> {
+pub fn wire_formats(options: &FormatOptions) -> Result<Vec<FormatQuality<Wire>>, Error> {
+    compare(options, &Wire::ALL, |wire| (wire, KvFormat::default()))
+}
+
+/// Scores the text with keys and values in each format.
+///
+/// # Errors
+/// As [`wire_formats`].
+pub fn kv_formats(options: &FormatOptions) -> Result<Vec<FormatQuality<KvFormat>>, Error> {
+    compare(options, &KvFormat::ALL, |kv| (Wire::Exact, kv))
+}
+
+fn compare<F: Copy>(
+    options: &FormatOptions,
+    formats: &[F],
+    set: impl Fn(F) -> (Wire, KvFormat),
+) -> Result<Vec<FormatQuality<F>>, Error> {
     let file = ModelFile::open(&options.model)?;
     let config = file.config()?;
     let text = std::fs::read_to_string(&options.text).map_err(|source| Error::Input {
@@ -58,15 +74,17 @@ pub fn formats(options: &FormatOptions) -> Result<Vec<FormatQuality>, Error> {
         read_bytes_per_s: 1,
     };
     let capacities = vec![capacity; options.ranks];
-    let mut plan = plan(&config, &capacities, options.context).map_err(model::Error::from)?;
-    plan.kv_blocks = BlockTable::blocks_for(options.context).max(1);
     let mut exact: Option<(Perplexity, Vec<u32>)> = None;
     let mut all = Vec::new();
-    for format in Wire::ALL {
+    for &format in formats {
+        let (wire, kv) = set(format);
+        let mut plan =
+            plan(&config, &capacities, options.context, kv).map_err(model::Error::from)?;
+        plan.kv_blocks = BlockTable::blocks_for(options.context).max(1);
         let ranks = Ranks {
             count: options.ranks,
             tcp: true,
-            wire: format,
+            wire,
             overlap: true,
         };
         let work = |rank: &mut RankModel<Cpu>| score(rank, &tokens, options.context, bos);

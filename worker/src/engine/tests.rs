@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use coordinator::Redacted;
 use coordinator::ids::TenantId;
-use kernels::{BLOCK_TOKENS, Cpu, Isa};
+use kernels::{BLOCK_TOKENS, Cpu, Isa, KvFormat};
 
 use super::*;
 use crate::client::{Class, FinishReason, Prompt, Sampling};
@@ -319,9 +319,14 @@ fn a_long_prompt_goes_in_chunks_while_others_decode() {
 
 /// The small random Llama of the reference test on one thread.
 fn tiny_llama() -> RankModel<Cpu> {
+    tiny_llama_in(KvFormat::F16)
+}
+
+/// [`tiny_llama`] with keys and values in `format`.
+fn tiny_llama_in(format: KvFormat) -> RankModel<Cpu> {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/llama-tiny");
     let file = ModelFile::open(folder).unwrap();
-    let plan = ShardPlan::whole(&file.config().unwrap(), 128).unwrap();
+    let plan = ShardPlan::whole_in(format, &file.config().unwrap(), 128).unwrap();
     let device = Cpu::new(1, Isa::detect());
     RankModel::load(&file, &plan, Box::new(Local::default()), device).unwrap()
 }

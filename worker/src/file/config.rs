@@ -1,5 +1,6 @@
 //! The llama configuration of a model file, from GGUF metadata or `config.json`, checked against the tensors.
 
+use kernels::KvFormat;
 use serde::{Deserialize, Serialize};
 
 use super::weights::{LAYER_WEIGHTS, LayerWeight, Weight, name};
@@ -76,9 +77,9 @@ impl ModelConfig {
         self.heads / self.kv_heads
     }
 
-    /// KV-cache bytes of one position in one KV head, over all layers (keys and values, f16).
-    pub fn kv_head_token_bytes(&self) -> u64 {
-        (self.layers * self.head_dim * 2 * 2) as u64
+    /// KV-cache bytes of one block in one KV head, over all layers, keys and values.
+    pub fn kv_head_block_bytes(&self, format: KvFormat) -> u64 {
+        (self.layers * format.head_block_bytes(self.head_dim)) as u64
     }
 
     /// Rotary frequencies, `[head_dim / 2]`, scaling applied. Computed as the transformers reference does, in f32.

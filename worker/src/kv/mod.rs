@@ -30,8 +30,8 @@ mod table;
 use serde::{Deserialize, Serialize};
 
 pub use blocks::{Blocks, Owner};
-/// Positions in one block; fixed by the kernels.
-pub use kernels::BLOCK_TOKENS;
+/// Positions in one block, and how it keeps them; fixed by the kernels.
+pub use kernels::{BLOCK_TOKENS, KvFormat};
 pub use table::BlockTable;
 
 /// How long after its last use a block within its owner's part is kept for him. After that nobody's conversation waits for

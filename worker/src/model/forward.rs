@@ -82,6 +82,7 @@ impl<D: Device> Model<D> {
             .clone();
         let weights = load::load(file, &config, plan, &shard, &device)?;
         let kv = device.kv_alloc(
+            plan.kv_format,
             config.layers,
             shard.kv_heads.len(),
             config.head_dim,

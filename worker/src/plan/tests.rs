@@ -1,6 +1,15 @@
 use proptest::prelude::*;
 
 use super::*;
+
+/// A plan with keys and values in f16.
+fn plan(
+    config: &ModelConfig,
+    ranks: &[RankCapacity],
+    context_tokens: usize,
+) -> Result<ShardPlan, Error> {
+    super::plan(config, ranks, context_tokens, KvFormat::F16)
+}
 use crate::file::WeightSizes;
 
 const GIB: u64 = 1 << 30;
@@ -214,6 +223,39 @@ fn a_model_that_is_too_large_says_how_much_is_missing_and_for_what() {
 }
 
 #[test]
+fn keys_and_values_in_int8_give_about_twice_the_blocks_in_the_same_memory() {
+    let config = llama_70b();
+    // Room for the weights and a good context of 32,768 tokens, but not for four.
+    let ranks = [rank(52, 900)];
+    let of = |format| super::plan(&config, &ranks, 32_768, format).unwrap();
+    let (f16, int8) = (of(KvFormat::F16), of(KvFormat::Int8));
+    for plan in [&f16, &int8] {
+        assert_covers(plan, &config, &ranks);
+        assert!(
+            plan.kv_blocks < 4 * 32_768 / BLOCK_TOKENS,
+            "not bounded by memory"
+        );
+    }
+    let ratio = int8.kv_blocks as f64 / f16.kv_blocks as f64;
+    assert!((1.85..2.0).contains(&ratio), "{ratio} times the blocks");
+    let bytes = |plan: &ShardPlan| plan.shards[0].kv_bytes / plan.kv_blocks as u64;
+    // A block of all layers and heads: 256 numbers a position and head, with a scale of two bytes for each 32 of them in int8.
+    assert_eq!(bytes(&f16), 80 * 8 * 16 * 256 * 2);
+    assert_eq!(bytes(&int8), 80 * 8 * 16 * (256 + 8 * 2));
+    // What just does not fit in f16 does in int8.
+    let small = [rank(45, 900)];
+    assert!(matches!(
+        super::plan(&config, &small, 32_768, KvFormat::F16),
+        Err(Error::TooLarge { .. })
+    ));
+    assert_covers(
+        &super::plan(&config, &small, 32_768, KvFormat::Int8).unwrap(),
+        &config,
+        &small,
+    );
+}
+
+#[test]
 fn a_context_beyond_the_model_is_refused() {
     assert_eq!(
         plan(&smollm2(), &[rank(4, 30)], 200_000),
@@ -255,10 +297,11 @@ proptest! {
         vocab in 1usize..200_000,
         capacities in proptest::collection::vec((1u64..200, 1u64..2000), 1..9),
         context in 1usize..20_000,
+        format in prop::sample::select(KvFormat::ALL.to_vec()),
     ) {
         let config = config(kv_heads * group, kv_heads, 64, ffn_blocks * 256, vocab, 32, 256);
         let ranks: Vec<RankCapacity> = capacities.iter().map(|&(gib, speed)| rank(gib, speed)).collect();
-        match plan(&config, &ranks, context) {
+        match super::plan(&config, &ranks, context, format) {
             Ok(plan) => assert_covers(&plan, &config, &ranks),
             Err(Error::TooManyRanks { .. }) => prop_assert!(ranks.len() > kv_heads),
             Err(Error::TooLarge { missing_bytes, .. } | Error::RankTooSmall { missing_bytes, .. }) => prop_assert!(missing_bytes > 0),

@@ -9,7 +9,7 @@ use coordinator::control::{
     Outcome, RankAssignment, ShardReport,
 };
 use coordinator::ids::{Epoch, GroupId, Rank};
-use kernels::{Cpu, Isa};
+use kernels::{Cpu, Isa, KvFormat};
 use tokio_util::sync::CancellationToken;
 
 use super::Shared;
@@ -66,7 +66,7 @@ pub(super) enum Serving {
 }
 
 /// Why a rank's thread ended.
-enum End {
+pub(super) enum End {
     /// It was told to leave.
     Left,
     /// Loading cannot succeed here, whoever the others are.
@@ -292,16 +292,24 @@ impl Hosted {
             read_bytes_per_s: r.device.read_bytes_per_s,
         };
         let capacities: Vec<RankCapacity> = group.ranks.iter().map(capacity).collect();
-        let plan = plan(&config, &capacities, context).map_err(failed)?;
-        // The leader reads its tokenizer before anybody loads: what is wrong with it is told at once.
+        let plan = |format| plan(&config, &capacities, context, format).map_err(failed);
+        let own_format = shared.config.kv_format;
+        // The leader plans and reads its tokenizer before anybody loads: what is wrong with them is told at once.
         let leads = self.rank == Rank(0);
         let text = if leads {
+            plan(own_format)?;
             Some(text::load(&file).map_err(failed)?)
         } else {
             None
         };
         let device = device(shared, assignment)?;
-        let collective = self.join_group(shared, group)?;
+        let mut collective = self.join_group(shared, group)?;
+        let kv_format = agree(collective.as_mut(), own_format)?;
+        if kv_format != own_format {
+            let (group, epoch, rank) = (self.group, self.epoch, self.rank);
+            tracing::warn!(%group, %epoch, %rank, %own_format, %kv_format, "the leader's worker.kv_format holds");
+        }
+        let plan = plan(kv_format)?;
         if self.left() {
             return Err(End::Left);
         }
@@ -421,6 +429,19 @@ impl Hosted {
         tell(ready)?;
         Ok(())
     }
+}
+
+/// How the group keeps keys and values: as the leader's node says, since blocks and their number must be the same on every rank.
+pub(super) fn agree(group: &mut dyn Collective, own: KvFormat) -> Result<KvFormat, End> {
+    let mut name = own.name().as_bytes().to_vec();
+    group.broadcast(&mut name)?;
+    let name = String::from_utf8_lossy(&name);
+    let unknown = |why| {
+        End::Broken(format!(
+            "the leader keeps keys and values in an unknown way ({why}); run the same version on all nodes"
+        ))
+    };
+    format!("{name:.20}").parse().map_err(unknown)
 }
 
 fn threads(shared: &Shared, assignment: &RankAssignment) -> usize {

@@ -15,6 +15,7 @@ use std::time::Duration;
 use coordinator::control::{ControlHandle, ControlState, Group, GroupHealth, RankAssignment};
 use coordinator::ids::{Epoch, GroupId, NodeId, TenantId};
 use coordinator::transport::Transport;
+use kernels::KvFormat;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
@@ -52,10 +53,12 @@ pub struct WorkerConfig {
     pub speculate: bool,
     /// How sums travel in groups that this node leads, if its ranks are not all on one host.
     pub wire: Wire,
+    /// How keys and values are kept in groups that this node leads.
+    pub kv_format: KvFormat,
 }
 
 impl WorkerConfig {
-    /// The defaults for a listening address: the scheduler's own limits, speculation, exact sums.
+    /// The defaults for a listening address: the scheduler's own limits, speculation, exact sums, keys and values in f16.
     pub fn new(incarnation: u64, data_listen: SocketAddr) -> Self {
         let limits = Limits::default();
         Self {
@@ -71,6 +74,7 @@ impl WorkerConfig {
             mixed_rows: limits.mixed_rows,
             speculate: true,
             wire: Wire::default(),
+            kv_format: KvFormat::default(),
         }
     }
 }

@@ -265,3 +265,33 @@ async fn a_rank_that_cannot_be_loaded_shows_in_the_heartbeats_when_control_canno
     });
     end.recv_timeout(PATIENCE).unwrap();
 }
+
+#[test]
+fn the_leaders_kv_format_holds_for_all_ranks() {
+    let hubs: Vec<Hub> = (0..3).map(|_| Hub::bind(loopback()).unwrap()).collect();
+    let group = |rank| collective::GroupConfig {
+        group: 1,
+        epoch: 1,
+        rank,
+        peers: hubs.iter().map(Hub::local_addr).collect(),
+        key: [7; 32],
+        wire: Wire::Exact,
+        sealing: collective::Sealing::Encrypted,
+        overlap: true,
+    };
+    let own = [KvFormat::Int8, KvFormat::F16, KvFormat::Int8];
+    let agreed: Vec<KvFormat> = std::thread::scope(|scope| {
+        let ranks: Vec<_> = (0..3)
+            .map(|rank| {
+                let (hub, group) = (&hubs[rank], group(rank));
+                scope.spawn(move || {
+                    let mut tcp = collective::Tcp::join(hub, group, PATIENCE).unwrap();
+                    host::agree(&mut tcp, own[rank]).ok()
+                })
+            })
+            .collect();
+        let agreed = ranks.into_iter().map(|rank| rank.join().unwrap());
+        agreed.map(|format| format.expect("a format")).collect()
+    });
+    assert_eq!(agreed, [KvFormat::Int8; 3]);
+}

@@ -1,6 +1,6 @@
-//! The processor with a KV cache and attention in plain f32: what the f16 cache is measured against.
+//! The processor with a KV cache and attention in plain f32: what the cache in its formats is measured against.
 
-use kernels::{BLOCK_TOKENS, Cpu, Device, Error, Rope, SeqSpan, WeightRows};
+use kernels::{BLOCK_TOKENS, Cpu, Device, Error, KvFormat, Rope, SeqSpan, WeightRows};
 
 /// [`Cpu`], but keys and values are kept as they come.
 pub struct ExactKv(pub Cpu);
@@ -74,6 +74,7 @@ impl Device for ExactKv {
 
     fn kv_alloc(
         &self,
+        _format: KvFormat,
         layers: usize,
         kv_heads: usize,
         head_dim: usize,

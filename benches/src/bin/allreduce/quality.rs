@@ -1,10 +1,12 @@
-//! What the wire formats do to a model's predictions.
+//! What the formats of sums on the wire, or of the KV cache, do to a model's predictions.
 
+use std::fmt::Display;
 use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
-use worker::bench::{FormatOptions, formats};
+use serde::Serialize;
+use worker::bench::{FormatOptions, FormatQuality, kv_formats, wire_formats};
 
 #[derive(Args)]
 pub struct Options {
@@ -25,27 +27,38 @@ pub struct Options {
     /// Most chunks taken from the text
     #[arg(long, default_value_t = 8)]
     chunks: usize,
+    /// Compare the formats of the KV cache instead of those of the wire
+    #[arg(long)]
+    kv: bool,
     /// Report as JSON
     #[arg(long)]
     json: bool,
 }
 
 pub fn run(options: &Options) -> Result<()> {
-    let measured = formats(&FormatOptions {
+    let formats = FormatOptions {
         model: options.model.clone(),
         text: options.text.clone(),
         ranks: options.ranks,
         threads: options.threads,
         context: options.context,
         chunks: options.chunks,
-    })?;
-    if options.json {
-        println!("{}", serde_json::to_string_pretty(&measured)?);
+    };
+    if options.kv {
+        report(&kv_formats(&formats)?, options.json)
+    } else {
+        report(&wire_formats(&formats)?, options.json)
+    }
+}
+
+fn report<F: Display + Serialize>(measured: &[FormatQuality<F>], json: bool) -> Result<()> {
+    if json {
+        println!("{}", serde_json::to_string_pretty(measured)?);
         return Ok(());
     }
-    println!("| format | perplexity | against exact | same likeliest token |");
+    println!("| format | perplexity | against the first | same likeliest token |");
     println!("| --- | ---: | ---: | ---: |");
-    for one in &measured {
+    for one in measured {
         println!(
             "| {} | {:.4} | {:+.3} % | {:.2} % of {} |",
             one.format,

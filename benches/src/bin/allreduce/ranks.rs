@@ -59,6 +59,7 @@ pub fn run(options: &Options) -> Result<()> {
                 wire: options.wire,
                 overlap: !options.no_overlap,
             },
+            kv_format: Default::default(),
             prefill: options.prefill,
             decode: options.decode,
             batch: 1,

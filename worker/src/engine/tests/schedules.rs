@@ -238,8 +238,8 @@ fn play(ranks: &mut RankModel<Cpu>, known: &[Known], seed: u64, seen: &mut Seen)
     seen.preemptions += s.preemptions();
 }
 
-fn play_all(seeds: std::ops::Range<u64>) {
-    let mut ranks = tiny_llama();
+fn play_all(format: KvFormat, seeds: std::ops::Range<u64>) {
+    let mut ranks = tiny_llama_in(format);
     let known = known(&mut ranks);
     let mut seen = Seen::default();
     for seed in seeds {
@@ -270,11 +270,18 @@ fn play_all(seeds: std::ops::Range<u64>) {
 
 #[test]
 fn any_schedule_gives_each_sequence_the_tokens_that_it_gives_alone() {
-    play_all(0..100);
+    play_all(KvFormat::F16, 0..100);
+}
+
+#[test]
+fn so_it_does_with_keys_and_values_in_int8() {
+    play_all(KvFormat::Int8, 0..100);
 }
 
 #[test]
 #[ignore = "a thousand schedules on a real model take a while"]
 fn a_thousand_schedules_give_each_sequence_the_tokens_that_it_gives_alone() {
-    play_all(0..1000);
+    for format in KvFormat::ALL {
+        play_all(format, 0..1000);
+    }
 }

@@ -66,7 +66,7 @@ fn a_step_that_points_outside_the_model_or_its_cache_is_refused() {
         memory_bytes: 1 << 30,
         read_bytes_per_s: 1,
     }];
-    let plan = crate::plan::plan(&config, &memory, 64).unwrap();
+    let plan = crate::plan::plan(&config, &memory, 64, kernels::KvFormat::F16).unwrap();
     check(&good(), &config, &plan).unwrap();
     type Spoil = fn(&mut StepBatch);
     let cases: [(&str, Spoil); 15] = [
