@@ -19,7 +19,7 @@ use crate::isa::Isa;
 const ROWS_BYTES: usize = 256 << 10;
 
 /// How far ahead of a pass over few rows, which waits for memory, the codes are asked for: the processor's own prefetch ends at each
-/// 4 KiB, this one does not.
+/// 4 KiB, this one does not. Side by side each panel needs half as much.
 const AHEAD_BYTES: usize = 2 << 10;
 
 /// Panels that one or two rows go through side by side: memory gives several streams faster than one.
@@ -242,7 +242,7 @@ impl Output {
 fn ask_for<S: Simd, C: Codes>(w: &Matrix, panel: *const u8, panels: usize, b: usize) {
     let next = panels * w.panel_bytes;
     let block = code_bytes(C::FORMAT) * S::LANES;
-    let mut ahead = b * block + AHEAD_BYTES;
+    let mut ahead = b * block + AHEAD_BYTES / if panels == 1 { 1 } else { 2 };
     if ahead >= w.scales_at {
         ahead += next - w.scales_at;
     }
