@@ -19,7 +19,7 @@ use crate::isa::Isa;
 const ROWS_BYTES: usize = 256 << 10;
 
 /// How far ahead of a pass over few rows, which waits for memory, the codes are asked for: the processor's own prefetch ends at each
-/// 4 KiB, this one does not. Side by side each panel needs half as much.
+/// 4 KiB, this one does not.
 const AHEAD_BYTES: usize = 2 << 10;
 
 /// Panels that one or two rows go through side by side: memory gives several streams faster than one.
@@ -167,7 +167,7 @@ impl MultiplyInts<'_> {
                     let codes = panels.map(|(codes, _)| codes.add(at));
                     if R <= 4 {
                         for (codes, _) in panels {
-                            ask_for::<S, C>(w, codes, P, b);
+                            ask_for::<S, C, P>(w, codes, b);
                         }
                     }
                     let mut scales = [(S::splat(0.0), S::splat(0.0)); P];
@@ -237,20 +237,25 @@ impl Output {
 }
 
 /// Asks for what comes after block `b` of a panel: codes [`AHEAD_BYTES`] on, or where the panel ends those of the panel `panels` later,
-/// and that panel's scales of the same block.
+/// and that panel's scales of the same block. A pass that goes from panel to panel computes more on each line and wants it in the
+/// first-level cache; side by side the lines come as fast as memory gives them, more than the first level can wait for.
 #[inline(always)]
-fn ask_for<S: Simd, C: Codes>(w: &Matrix, panel: *const u8, panels: usize, b: usize) {
-    let next = panels * w.panel_bytes;
+fn ask_for<S: Simd, C: Codes, const P: usize>(w: &Matrix, panel: *const u8, b: usize) {
+    let ask = |at: usize| match P {
+        SIDE_BY_SIDE => S::prefetch_second(panel.wrapping_add(at)),
+        _ => S::prefetch(panel.wrapping_add(at)),
+    };
+    let next = P * w.panel_bytes;
     let block = code_bytes(C::FORMAT) * S::LANES;
-    let mut ahead = b * block + AHEAD_BYTES / if panels == 1 { 1 } else { 2 };
+    let mut ahead = b * block + AHEAD_BYTES;
     if ahead >= w.scales_at {
         ahead += next - w.scales_at;
     }
     for line in (0..block).step_by(LINE) {
-        S::prefetch(panel.wrapping_add(ahead + line));
+        ask(ahead + line);
     }
     let scales = scale_bytes(C::FORMAT) * S::LANES * BLOCK / C::FORMAT.block_len();
-    S::prefetch(panel.wrapping_add(next + w.scales_at + b * scales));
+    ask(next + w.scales_at + b * scales);
 }
 
 /// Adds 32 columns of `P` panels times `R` rows to `sums`.

@@ -163,7 +163,7 @@ unsafe fn unpack<S: Simd, C: Codes, const P: usize>(
                 .cast::<u8>()
                 .add(j * block_bytes::<S, C, P>());
             let codes = start.add(b * code_bytes(C::FORMAT) * S::LANES);
-            ask_for::<S, C>(w, start, P, b);
+            ask_for::<S, C, P>(w, start, b);
             let (zero, centre) = (S::splat_int(0), S::splat_byte(centre::<C>() as u8));
             // 128 times sixteen codes of five bits are at least -2¹⁵, and so are eight of six.
             let mut biases = [zero; 2];

@@ -86,6 +86,19 @@ pub(crate) trait Simd: Copy + 'static {
         let _ = p;
     }
 
+    /// The same, but no nearer than the second-level cache: the first level waits for a few lines only, and not while these come from
+    /// memory.
+    #[inline(always)]
+    fn prefetch_second(p: *const u8) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        unsafe {
+            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(p.cast())
+        };
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = p;
+    }
+
     unsafe fn splat(x: f32) -> Self::F;
     unsafe fn load(p: *const f32) -> Self::F;
     unsafe fn store(p: *mut f32, v: Self::F);
