@@ -45,6 +45,7 @@ struct Choice {
     /// Of those, told in chunks.
     told: usize,
     prompt_tokens: u64,
+    cached_tokens: u64,
     completion_tokens: u64,
     finish: Option<&'static str>,
 }
@@ -131,10 +132,11 @@ impl Answer {
             Event::Finished {
                 reason,
                 prompt_tokens,
+                cached_tokens,
                 completion_tokens,
-                ..
             } => {
                 choice.prompt_tokens = u64::from(prompt_tokens);
+                choice.cached_tokens = u64::from(cached_tokens);
                 choice.completion_tokens = u64::from(completion_tokens);
                 let reason = match reason {
                     FinishReason::Stop => "stop",
@@ -279,15 +281,12 @@ impl Answer {
 
     /// Tokens of all choices; a prompt counts once, however many answers it got.
     pub fn usage(&self) -> Usage {
-        let prompts = self.choices.chunks(self.per_prompt);
-        let prompt_tokens = prompts
-            .map(|same| {
-                same.iter()
-                    .map(|choice| choice.prompt_tokens)
-                    .max()
-                    .unwrap_or(0)
-            })
-            .sum();
+        let (mut prompt_tokens, mut cached_tokens) = (0, 0);
+        for same in self.choices.chunks(self.per_prompt) {
+            prompt_tokens += same.iter().map(|c| c.prompt_tokens).max().unwrap_or(0);
+            // What the first answer had to compute the others find in the cache.
+            cached_tokens += same.iter().map(|c| c.cached_tokens).min().unwrap_or(0);
+        }
         let completion_tokens = self
             .choices
             .iter()
@@ -297,7 +296,7 @@ impl Answer {
             prompt_tokens,
             completion_tokens,
             total_tokens: prompt_tokens + completion_tokens,
-            prompt_tokens_details: PromptDetails::default(),
+            prompt_tokens_details: PromptDetails { cached_tokens },
             completion_tokens_details: CompletionDetails::default(),
         }
     }

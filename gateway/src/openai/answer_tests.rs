@@ -204,6 +204,21 @@ fn choices_mix_in_a_stream_and_a_shared_prompt_counts_once() {
 }
 
 #[test]
+fn what_the_cache_had_is_told_but_not_what_one_answer_left_for_the_next() {
+    let mut answer = answer(Form::Chat, 2);
+    for (index, cached_tokens) in [16, 32].into_iter().enumerate() {
+        let event = Event::Finished {
+            reason: FinishReason::Stop,
+            prompt_tokens: 40,
+            cached_tokens,
+            completion_tokens: 1,
+        };
+        answer.take(index, event).unwrap();
+    }
+    assert_eq!(answer.usage().prompt_tokens_details.cached_tokens, 16);
+}
+
+#[test]
 fn different_prompts_are_counted_each() {
     let mut answer = answer(Form::Completion, 4).per_prompt(2);
     for (index, prompt) in [3, 3, 8, 8].into_iter().enumerate() {
