@@ -13,11 +13,30 @@ use crate::isa::Isa;
 
 /// Bytes that all threads together stream through: more than any cache of today's servers holds per core used.
 const STREAM_BYTES: usize = 256 << 20;
-/// Times each measurement is taken; the best counts, since the machine may be busy otherwise.
+/// Times each measurement is taken where the best counts, since the machine may be busy otherwise.
 const ROUNDS: usize = 3;
+/// Times where the mean counts: about a third of a second, so that it sees the same neighbours as the work beside which it is taken.
+const STEADY_ROUNDS: usize = 40;
 
-/// Bytes a second that `threads` threads read together from memory.
+/// Bytes a second that `threads` threads read together from memory at best.
 pub fn read_bandwidth(threads: usize) -> f64 {
+    read(threads, ROUNDS, best)
+}
+
+/// The same in the mean of some tenths of a second.
+pub fn steady_read_bandwidth(threads: usize) -> f64 {
+    read(threads, STEADY_ROUNDS, mean)
+}
+
+fn best(seconds: &[f64]) -> f64 {
+    seconds.iter().copied().fold(f64::INFINITY, f64::min)
+}
+
+fn mean(seconds: &[f64]) -> f64 {
+    seconds.iter().sum::<f64>() / seconds.len().max(1) as f64
+}
+
+fn read(threads: usize, rounds: usize, of: fn(&[f64]) -> f64) -> f64 {
     let threads = threads.max(1);
     let isa = Isa::detect();
     let words = STREAM_BYTES / 4 / threads / 64 * 64;
@@ -30,7 +49,7 @@ pub fn read_bandwidth(threads: usize) -> f64 {
             part
         })
     };
-    let seconds = slowest(threads, part, |part| match part {
+    let seconds = slowest(threads, rounds, part, |part| match part {
         Ok(part) => {
             let sum = Sum(bytemuck::cast_slice(part));
             // SAFETY: `detect` gives an available instruction set; the slice is valid.
@@ -42,16 +61,26 @@ pub fn read_bandwidth(threads: usize) -> f64 {
         // Without the memory to measure with there is nothing to promise.
         return 1.0;
     }
-    (words * 4 * threads) as f64 / seconds
+    (words * 4 * threads) as f64 / of(&seconds)
 }
 
-/// Operations a second (a multiply and an add counted as two) of 8-bit products with 32-bit sums, all operands in registers.
+/// Operations a second (a multiply and an add counted as two) of 8-bit products with 32-bit sums, all operands in registers, at best.
 pub fn int8_peak(threads: usize) -> f64 {
+    products(threads, ROUNDS, best)
+}
+
+/// The same in the mean of some tenths of a second.
+pub fn steady_int8_peak(threads: usize) -> f64 {
+    products(threads, STEADY_ROUNDS, mean)
+}
+
+fn products(threads: usize, rounds: usize, of: fn(&[f64]) -> f64) -> f64 {
     let threads = threads.max(1);
     let isa = Isa::detect();
     let operations = AtomicU64::new(0);
     let seconds = slowest(
         threads,
+        rounds,
         || (),
         |()| {
             // SAFETY: `detect` gives an available instruction set.
@@ -59,24 +88,29 @@ pub fn int8_peak(threads: usize) -> f64 {
             operations.store(done as u64, Relaxed);
         },
     );
-    (operations.into_inner() as usize * threads) as f64 / seconds
+    (operations.into_inner() as usize * threads) as f64 / of(&seconds)
 }
 
-/// The best round's seconds until the last of `threads` threads has done `work` on what `make` gave it.
-fn slowest<T: Send>(threads: usize, make: impl Fn() -> T + Sync, work: impl Fn(&T) + Sync) -> f64 {
+/// Each round's seconds until the last of `threads` threads has done `work` on what `make` gave it.
+fn slowest<T: Send>(
+    threads: usize,
+    rounds: usize,
+    make: impl Fn() -> T + Sync,
+    work: impl Fn(&T) + Sync,
+) -> Vec<f64> {
     let barrier = Barrier::new(threads);
     let thread = || {
         let part = make();
-        let mut seconds = [0.0; ROUNDS];
-        for seconds in &mut seconds {
+        let mut all = Vec::with_capacity(rounds);
+        for _ in 0..rounds {
             barrier.wait();
             let start = Instant::now();
             work(&part);
-            *seconds = start.elapsed().as_secs_f64();
+            all.push(start.elapsed().as_secs_f64());
         }
-        seconds
+        all
     };
-    let all: Vec<[f64; ROUNDS]> = std::thread::scope(|scope| {
+    let all: Vec<Vec<f64>> = std::thread::scope(|scope| {
         let handles: Vec<_> = (0..threads).map(|_| scope.spawn(thread)).collect();
         handles
             .into_iter()
@@ -84,7 +118,7 @@ fn slowest<T: Send>(threads: usize, make: impl Fn() -> T + Sync, work: impl Fn(&
             .collect()
     });
     let round = |i: usize| all.iter().map(|seconds| seconds[i]).fold(1e-9, f64::max);
-    (0..ROUNDS).map(round).fold(f64::INFINITY, f64::min)
+    (0..rounds).map(round).collect()
 }
 
 struct Sum<'a>(&'a [f32]);

@@ -131,6 +131,39 @@ fn a_row_is_the_same_in_any_company_and_on_any_number_of_threads() {
 }
 
 #[test]
+fn the_largest_products_are_summed_without_overflow() {
+    let (rows, cols, heights) = (19, 512, 40);
+    for isa in Isa::available() {
+        let cpu = Cpu::new(1, isa);
+        for (format, zero) in [(Format::Q4_0, 8), (Format::Q5_0, 16), (Format::Q6_K, 32)] {
+            for (byte, code) in [(0, -zero), (0xff, zero - 1)] {
+                let mut data = vec![byte; heights * format.row_bytes(cols)];
+                for block in data.chunks_exact_mut(format.block_bytes()) {
+                    let one = half::f16::ONE.to_le_bytes();
+                    if format == Format::Q6_K {
+                        block[192..208].fill(1);
+                        block[208..].copy_from_slice(&one);
+                    } else {
+                        block[..2].copy_from_slice(&one);
+                    }
+                }
+                let w = WeightRows::new(format, heights, cols, &data);
+                for x in [1.0, -1.0] {
+                    let exact = (code * cols as i32) as f32 * x;
+                    for out in multiply(&cpu, w, &vec![x; rows * cols], rows) {
+                        let error = (out - exact).abs();
+                        assert!(
+                            error <= 1e-5 * exact.abs(),
+                            "{isa} {format:?}: {out} {exact}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn more_rows_than_one_pass_takes_give_the_bits_of_single_rows() {
     let mut random = Random(10);
     let (rows, cols, heights) = (301, 576, 35);

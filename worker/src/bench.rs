@@ -6,6 +6,7 @@ mod group;
 use std::path::PathBuf;
 use std::time::Instant;
 
+use kernels::measure::{steady_int8_peak, steady_read_bandwidth};
 use kernels::{BLOCK_TOKENS, Cpu, Device, Isa, KvFormat};
 use serde::{Deserialize, Serialize};
 
@@ -59,15 +60,15 @@ pub struct BenchReport {
     /// Packed weights, which every decoding step reads (an embedding apart from the output matrix only row by row).
     pub weight_bytes: u64,
     pub limits: Limits,
-    /// Rate over what the 8-bit peak allows.
+    /// Rate over what the 8-bit peak allowed just before and after.
     pub prefill_share_of_peak: Option<f64>,
-    /// Rate over what reading the weights allows; over 1 where they stay in the cache.
+    /// Rate over what reading the weights allowed just before and after; over 1 where they stay in the cache.
     pub decode_share_of_bandwidth: Option<f64>,
     pub load_s: f64,
     pub perplexity: Option<Perplexity>,
 }
 
-/// The machine's limits, measured in the same run.
+/// The machine's limits in the mean, measured before and after each of the rates.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct Limits {
     /// Streaming read of all threads together.
@@ -165,8 +166,12 @@ pub fn run(options: &BenchOptions) -> Result<BenchReport, Error> {
             perplexity(rank, &tokens, options.context, bos)
         });
         let perplexity = text.transpose()?;
-        let prefill = best(options.prefill, || prefill(rank, options.prefill))?;
-        let decode = best(options.decode, || decode(rank, batch, options.decode))?;
+        let prefill = Beside::runs(options.prefill, threads, steady_int8_peak, || {
+            prefill(rank, options.prefill)
+        })?;
+        let decode = Beside::runs(options.decode, threads, steady_read_bandwidth, || {
+            decode(rank, batch, options.decode)
+        })?;
         Ok((perplexity, prefill, decode, rank.numbers().weight_bytes))
     };
     let ((perplexity, prefill, decode, leader_bytes), load_s) =
@@ -175,8 +180,12 @@ pub fn run(options: &BenchOptions) -> Result<BenchReport, Error> {
     let others = plan.shards.iter().skip(1).map(|shard| shard.weight_bytes);
     let weight_bytes = leader_bytes + others.sum::<u64>();
 
-    let read_bytes_per_s = kernels::measure::read_bandwidth(threads);
-    let int8_ops_per_s = kernels::measure::int8_peak(threads);
+    let limit = |runs: &Option<Beside>, measure: fn(usize) -> f64| {
+        runs.as_ref()
+            .map_or_else(|| measure(threads), Beside::limit)
+    };
+    let read_bytes_per_s = limit(&decode, steady_read_bandwidth);
+    let int8_ops_per_s = limit(&prefill, steady_int8_peak);
     let limits = Limits {
         read_bytes_per_s,
         decode_steps_per_s: read_bytes_per_s / weight_bytes.max(1) as f64,
@@ -196,13 +205,14 @@ pub fn run(options: &BenchOptions) -> Result<BenchReport, Error> {
         prefill_tokens: options.prefill,
         decode_tokens: options.decode,
         batch,
-        prefill_tokens_per_s: prefill,
-        decode_tokens_per_s: decode,
+        prefill_tokens_per_s: prefill.as_ref().map(Beside::best),
+        decode_tokens_per_s: decode.as_ref().map(Beside::best),
         weight_bytes,
         limits,
-        prefill_share_of_peak: prefill.map(|rate| rate / limits.prefill_tokens_per_s),
+        prefill_share_of_peak: prefill
+            .map(|runs| runs.share() * int8_ops_per_s / limits.prefill_tokens_per_s),
         decode_share_of_bandwidth: decode
-            .map(|rate| rate / batch as f64 / limits.decode_steps_per_s),
+            .map(|runs| runs.share() * weight_bytes as f64 / batch as f64),
         load_s,
         perplexity,
     })
@@ -265,18 +275,50 @@ fn row_products(config: &ModelConfig) -> usize {
     config.layers * (attention + 3 * config.hidden * config.ffn)
 }
 
-/// The best rate of several runs; `None` if there is nothing to run.
-fn best(
-    tokens: usize,
-    mut work: impl FnMut() -> Result<f64, model::Error>,
-) -> Result<Option<f64>, model::Error> {
-    if tokens == 0 {
-        return Ok(None);
+/// Several runs' rates, each beside what the machine could do just before and after it. On a shared machine that changes by half
+/// within seconds, so a rate of one moment says nothing beside a limit of another.
+struct Beside {
+    /// Tokens a second, and the limit in its own unit.
+    runs: Vec<(f64, f64)>,
+}
+
+impl Beside {
+    /// Runs of `tokens` tokens; `None` if there is nothing to run.
+    fn runs(
+        tokens: usize,
+        threads: usize,
+        limit: fn(usize) -> f64,
+        mut work: impl FnMut() -> Result<f64, model::Error>,
+    ) -> Result<Option<Self>, model::Error> {
+        if tokens == 0 {
+            return Ok(None);
+        }
+        let mut runs = Vec::new();
+        let mut before = limit(threads);
+        for _ in 0..REPEATS {
+            let rate = work()?;
+            let after = limit(threads);
+            runs.push((rate, (before + after) / 2.0));
+            before = after;
+        }
+        Ok(Some(Self { runs }))
     }
-    let rates = (0..REPEATS)
-        .map(|_| work())
-        .collect::<Result<Vec<_>, _>>()?;
-    Ok(rates.into_iter().reduce(f64::max))
+
+    fn best(&self) -> f64 {
+        self.runs.iter().map(|run| run.0).fold(0.0, f64::max)
+    }
+
+    /// In the mean.
+    fn limit(&self) -> f64 {
+        self.runs.iter().map(|run| run.1).sum::<f64>() / self.runs.len().max(1) as f64
+    }
+
+    /// Tokens for each unit of the limit, in the middle one of the runs.
+    fn share(&self) -> f64 {
+        let mut shares: Vec<f64> = self.runs.iter().map(|(rate, limit)| rate / limit).collect();
+        shares.sort_by(f64::total_cmp);
+        shares.get(shares.len() / 2).copied().unwrap_or(0.0)
+    }
 }
 
 /// Tokens a second of one prompt of `tokens` tokens.

@@ -1,8 +1,8 @@
 //! Microbenchmark of the kernels against this machine's measured floors.
 //!
 //! `kernels [THREADS]` prints, for the matrix shapes of SmolLM2 and of Llama 3.2 1B in each format: how fast one row is
-//! multiplied (decode: bytes of weights a second, and the share of the measured reading speed) and how fast 512 rows are
-//! (prefill: operations a second, and the share of the measured 8-bit peak). Matrices for decode are as many as exceed the
+//! multiplied (decode: bytes of weights a second, and the share of the measured reading speed), and how fast 8 and 512 rows
+//! are (several answers at once, prefill: operations a second, and the share of the measured 8-bit peak). Matrices for decode are as many as exceed the
 //! caches, except SmolLM2's, whose whole model fits in them.
 
 use std::time::Instant;
@@ -10,6 +10,7 @@ use std::time::Instant;
 use kernels::{BLOCK_TOKENS, Cpu, Device, Format, Isa, KvFormat, SeqSpan, WeightRows, measure};
 
 const PREFILL_ROWS: usize = 512;
+const FEW_ROWS: usize = 8;
 /// Seconds that each measurement may take.
 const BUDGET_S: f64 = 0.5;
 /// Weights that are cycled through in decode.
@@ -32,8 +33,8 @@ fn main() {
         peak / 1e9
     );
     println!(
-        "{:<24} {:>6} {:>12} {:>7} {:>12} {:>7}",
-        "shape", "format", "decode GB/s", "share", "prefill GOPS", "share"
+        "{:<24} {:>6} {:>12} {:>7} {:>12} {:>7} {:>12} {:>7}",
+        "shape", "format", "decode GB/s", "share", "8 rows GOPS", "share", "512 rows", "share"
     );
     let smol = [Format::Q4_1, Format::Q8_0, Format::F16];
     let large = [
@@ -63,12 +64,14 @@ fn main() {
     ];
     for (name, rows, cols, formats, bytes) in shapes {
         for &format in formats {
-            let (decode, prefill) = matmul(&cpu, format, rows, cols, bytes);
+            let (decode, few, prefill) = matmul(&cpu, format, rows, cols, bytes);
             println!(
-                "{name:<24} {:>6} {:>12.2} {:>6.0}% {:>12.0} {:>6.0}%",
+                "{name:<24} {:>6} {:>12.2} {:>6.0}% {:>12.0} {:>6.0}% {:>12.0} {:>6.0}%",
                 format!("{format:?}"),
                 decode / 1e9,
                 100.0 * decode / read,
+                few / 1e9,
+                100.0 * few / peak,
                 prefill / 1e9,
                 100.0 * prefill / peak
             );
@@ -88,8 +91,8 @@ fn best(mut f: impl FnMut()) -> f64 {
     best
 }
 
-/// Bytes a second with one row, operations a second with [`PREFILL_ROWS`].
-fn matmul(cpu: &Cpu, format: Format, rows: usize, cols: usize, bytes: usize) -> (f64, f64) {
+/// Bytes a second with one row, operations a second with [`FEW_ROWS`] and with [`PREFILL_ROWS`].
+fn matmul(cpu: &Cpu, format: Format, rows: usize, cols: usize, bytes: usize) -> (f64, f64, f64) {
     // Zero scales and codes: no kernel's speed depends on the values.
     let data = vec![0u8; rows * format.row_bytes(cols)];
     let copies = bytes.div_ceil(data.len()).max(1);
@@ -103,15 +106,19 @@ fn matmul(cpu: &Cpu, format: Format, rows: usize, cols: usize, bytes: usize) -> 
         .map(|i| ((i * 31 % 127) as f32 - 63.0) / 64.0)
         .collect();
     let mut out = vec![0.0; PREFILL_ROWS * rows];
-    let decode = best(|| {
-        packed
-            .iter()
-            .for_each(|w| cpu.matmul(&[w], &x, 1, &mut [&mut out]))
-    });
+    let mut all = |count: usize| {
+        best(|| {
+            packed
+                .iter()
+                .for_each(|w| cpu.matmul(&[w], &x, count, &mut [&mut out]))
+        })
+    };
+    let (decode, few) = (all(1), all(FEW_ROWS));
     let prefill = best(|| cpu.matmul(&[&packed[0]], &x, PREFILL_ROWS, &mut [&mut out]));
     let weights: usize = packed.iter().map(|w| cpu.matrix_bytes(w)).sum();
     (
         weights as f64 / decode,
+        (2 * rows * cols * FEW_ROWS * copies) as f64 / few,
         (2 * rows * cols * PREFILL_ROWS) as f64 / prefill,
     )
 }

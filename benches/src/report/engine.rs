@@ -65,7 +65,18 @@ pub struct Row {
     /// Or why there are none.
     pub peer: Result<Rates, String>,
     pub candle: Option<Rates>,
+    /// In the mean.
     pub limits: Option<Limits>,
+    /// Ours over what the 8-bit peak allowed just before and after.
+    pub prefill_share: Option<f64>,
+    /// Ours, of one sequence, over what reading the weights allowed just before and after.
+    pub decode_share: Option<f64>,
+}
+
+/// The middle one.
+fn middle(mut all: Vec<f64>) -> Option<f64> {
+    all.sort_by(f64::total_cmp);
+    all.get(all.len() / 2).copied()
 }
 
 /// Every model's figures, or why a model has none.
@@ -127,13 +138,21 @@ fn measure(setting: &Setting, case: &Case) -> Result<Row> {
         "{} is not there; `ops/setup bench` makes it",
         case.path.file_name().unwrap_or_default().to_string_lossy()
     );
-    let (mut ours, mut limits) = (Rates::default(), None);
+    let (mut ours, mut reports) = (Rates::default(), Vec::new());
     let mut peer = Ok(Rates::default());
     let mut candle: Option<Rates> = None;
     for _ in 0..case.rounds {
-        let (rates, seen) = run_ours(setting, case)?;
-        ours.keep_best(rates);
-        limits = best_limits(limits, seen);
+        for (batch, report) in run_ours(setting, case)? {
+            ours.keep_best(Rates {
+                prefill: report.prefill_tokens_per_s,
+                decode: report
+                    .decode_tokens_per_s
+                    .map(|rate| (batch, rate))
+                    .into_iter()
+                    .collect(),
+            });
+            reports.push((batch, report));
+        }
         match run_peer(setting, case) {
             Ok(rates) => {
                 if let Ok(peer) = &mut peer {
@@ -160,25 +179,39 @@ fn measure(setting: &Setting, case: &Case) -> Result<Row> {
         ours,
         peer,
         candle,
-        limits,
+        limits: mean_limits(&reports),
+        prefill_share: middle(
+            reports
+                .iter()
+                .filter_map(|(_, report)| report.prefill_share_of_peak)
+                .collect(),
+        ),
+        decode_share: middle(
+            reports
+                .iter()
+                .filter(|(batch, _)| *batch == 1)
+                .filter_map(|(_, report)| report.decode_share_of_bandwidth)
+                .collect(),
+        ),
     })
 }
 
-/// The machine's limits are what it can do at best.
-fn best_limits(a: Option<Limits>, b: Limits) -> Option<Limits> {
-    let Some(a) = a else { return Some(b) };
-    Some(Limits {
-        read_bytes_per_s: a.read_bytes_per_s.max(b.read_bytes_per_s),
-        decode_steps_per_s: a.decode_steps_per_s.max(b.decode_steps_per_s),
-        int8_ops_per_s: a.int8_ops_per_s.max(b.int8_ops_per_s),
-        prefill_tokens_per_s: a.prefill_tokens_per_s.max(b.prefill_tokens_per_s),
+/// The mean of what was measured beside each rate.
+fn mean_limits(reports: &[(usize, BenchReport)]) -> Option<Limits> {
+    let mean = |of: fn(&Limits) -> f64| {
+        reports.iter().map(|(_, r)| of(&r.limits)).sum::<f64>() / reports.len() as f64
+    };
+    (!reports.is_empty()).then(|| Limits {
+        read_bytes_per_s: mean(|l| l.read_bytes_per_s),
+        decode_steps_per_s: mean(|l| l.decode_steps_per_s),
+        int8_ops_per_s: mean(|l| l.int8_ops_per_s),
+        prefill_tokens_per_s: mean(|l| l.prefill_tokens_per_s),
     })
 }
 
-fn run_ours(setting: &Setting, case: &Case) -> Result<(Rates, Limits)> {
-    let mut rates = Rates::default();
-    let mut limits = None;
-    for (i, &batch) in case.batches.iter().enumerate() {
+/// A report for each number of sequences at once.
+fn run_ours(setting: &Setting, case: &Case) -> Result<Vec<(usize, BenchReport)>> {
+    let one = |(i, &batch): (usize, &usize)| {
         // Prefill once a round.
         let prefill = if i == 0 { case.prefill } else { 0 };
         let mut command = Command::new(&setting.verbund);
@@ -189,14 +222,9 @@ fn run_ours(setting: &Setting, case: &Case) -> Result<(Rates, Limits)> {
             .args(["-p", &prefill.to_string()])
             .args(["-n", &case.decode_of(batch).to_string()])
             .args(["--batch", &batch.to_string()]);
-        let report: BenchReport = json_of(&mut command)?;
-        rates.prefill = rates.prefill.or(report.prefill_tokens_per_s);
-        if let Some(rate) = report.decode_tokens_per_s {
-            rates.decode.insert(batch, rate);
-        }
-        limits = best_limits(limits, report.limits);
-    }
-    Ok((rates, limits.context("no batch size to measure")?))
+        Ok((batch, json_of(&mut command)?))
+    };
+    case.batches.iter().enumerate().map(one).collect()
 }
 
 #[derive(Deserialize)]
@@ -306,13 +334,12 @@ fn rows(row: &Row, text: &mut String) {
     let mut line = |what: String,
                     ours: Option<f64>,
                     peer: Option<f64>,
-                    (limit, of_limit): (Option<f64>, Option<f64>),
+                    (our_share, of_limit): (Option<f64>, Option<f64>),
                     goal: Option<f64>| {
         let rate = |r: Option<f64>| r.map_or("–".into(), |r| format!("{r:.1}"));
-        let part = |r: Option<f64>| r.zip(limit).map(|(r, l): (f64, f64)| r / l);
-        let share =
-            |r: Option<f64>| part(r).map_or("–".into(), |part| format!("{:.0} %", 100.0 * part));
+        let share = |s: Option<f64>| s.map_or("–".into(), |s| format!("{:.0} %", 100.0 * s));
         let ratio = ours.zip(peer).map(|(o, p)| o / p);
+        let peer_share = our_share.zip(ratio).map(|(share, ratio)| share / ratio);
         let met = |seen: Option<f64>, goal: Option<f64>| match (seen, goal) {
             (Some(seen), Some(goal)) if seen >= goal => " ✓",
             (Some(_), Some(_)) => " ✗",
@@ -327,10 +354,10 @@ fn rows(row: &Row, text: &mut String) {
             "| {} | {what} | {} | {}{} | {} | {} | {}{} | {} |\n",
             row.model,
             rate(ours),
-            share(ours),
-            met(part(ours), of_limit),
+            share(our_share),
+            met(our_share, of_limit),
             rate(peer),
-            share(peer),
+            share(peer_share),
             ratio.map_or("–".into(), |r| format!("{r:.2}")),
             met(ratio, goal),
             goals.join(", "),
@@ -340,15 +367,12 @@ fn rows(row: &Row, text: &mut String) {
         format!("prefill {}", row.prefill_tokens),
         row.ours.prefill,
         peer.and_then(|p| p.prefill),
-        (row.limits.map(|l| l.prefill_tokens_per_s), None),
+        (row.prefill_share, None),
         goals.map(|g| g[0]),
     );
     for (&batch, &rate) in &row.ours.decode {
         // Of many sequences at once, weights read once a step are no limit any more.
-        let limit = row
-            .limits
-            .filter(|_| batch == 1)
-            .map(|l| l.decode_steps_per_s);
+        let share = row.decode_share.filter(|_| batch == 1);
         let goal = goals.and_then(|g| match batch {
             1 => Some(g[1]),
             8 => Some(g[2]),
@@ -358,7 +382,7 @@ fn rows(row: &Row, text: &mut String) {
             format!("decode, {batch} at once"),
             Some(rate),
             peer.and_then(|p| p.decode.get(&batch).copied()),
-            (limit, limit.and(bandwidth_goal(&row.model))),
+            (share, share.and(bandwidth_goal(&row.model))),
             goal,
         );
     }
@@ -383,21 +407,24 @@ fn rows(row: &Row, text: &mut String) {
 
 /// The limits measured beside the figures.
 pub fn limits(engine: &Engine) -> String {
-    let best = engine
-        .iter()
-        .flatten()
-        .filter_map(|r| r.limits)
-        .fold(None, |best, l| {
-            let (read, peak) = best.unwrap_or((0.0f64, 0.0f64));
-            Some((read.max(l.read_bytes_per_s), peak.max(l.int8_ops_per_s)))
-        });
-    best.map_or_else(String::new, |(read, peak)| {
-        format!(
-            "Limits measured in the same run: {:.1} GB/s streaming read, {:.0} G operations a second of 8-bit products.\n",
-            read / 1e9,
-            peak / 1e9
+    let limits: Vec<Limits> = engine.iter().flatten().filter_map(|r| r.limits).collect();
+    let span = |of: fn(&Limits) -> f64| {
+        let all = || limits.iter().map(|l| of(l) / 1e9);
+        (
+            all().fold(f64::INFINITY, f64::min),
+            all().fold(0.0, f64::max),
         )
-    })
+    };
+    if limits.is_empty() {
+        return String::new();
+    }
+    let (read, peak) = (span(|l| l.read_bytes_per_s), span(|l| l.int8_ops_per_s));
+    format!(
+        "Limits, measured for a third of a second before and after each of our rates: {:.1} to {:.1} GB/s streaming read, {:.0} to {:.0} G \
+         operations a second of 8-bit products, in the mean of each model. A share is that of a rate in what was measured around it; the \
+         peer's is the same divided by the ratio.\n",
+        read.0, read.1, peak.0, peak.1
+    )
 }
 
 #[cfg(test)]
@@ -425,6 +452,8 @@ mod tests {
                 int8_ops_per_s: 1e12,
                 prefill_tokens_per_s: 600.0,
             }),
+            prefill_share: Some(0.5),
+            decode_share: Some(0.5),
         };
         let text = table(&vec![Ok(row), Err("8B Q4_0: no file".into())]);
         for line in [

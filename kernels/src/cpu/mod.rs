@@ -144,7 +144,7 @@ impl Cpu {
         // SAFETY: passed on to the caller.
         unsafe {
             if parts.iter().any(|w| w.format.is_quantised()) {
-                self.run(MultiplyInts {
+                MultiplyInts {
                     parts,
                     panels,
                     x: x.blocks.as_ptr(),
@@ -152,7 +152,8 @@ impl Cpu {
                     rows: x.rows,
                     biased: x.biased,
                     out,
-                });
+                }
+                .run(self.isa);
             } else {
                 self.run(MultiplyFloats {
                     parts,

@@ -26,14 +26,14 @@ pub struct Limits {
 }
 
 impl Default for Limits {
-    /// For a model on a processor: a step of 64 prompt rows takes a fraction of a second there, and uses it nearly as well
+    /// For a model on a processor: a step of 32 prompt rows takes a fraction of a tenth of a second there, and uses it nearly as well
     /// as a larger one.
     fn default() -> Self {
         Self {
             max_sequences: 32,
             max_waiting: 512,
             step_rows: 256,
-            mixed_rows: 64,
+            mixed_rows: 32,
             context_tokens: 8192,
             blocks: 2048,
             tenant_running: usize::MAX,

@@ -54,6 +54,8 @@ pub struct Cell {
     pub p99_us: f64,
     /// One-way delay and wire time, of one hop or of shares, whichever is less. On loopback the bare exchange of as many bytes.
     pub floor_us: Option<f64>,
+    /// A plain exchange of as many bytes over the same kind of connection.
+    pub bare_us: Option<f64>,
     /// Largest sum that took one hop, in bytes on the wire, where there are more than two ranks.
     pub one_hop_bytes: usize,
 }
@@ -371,6 +373,7 @@ impl Place<'_> {
             median_us: at(0.5),
             p99_us: at(0.99),
             floor_us: None,
+            bare_us: None,
             one_hop_bytes: 0,
         }
     }

@@ -5,12 +5,14 @@
 
 mod strip;
 
+use std::marker::PhantomData;
+
 pub(crate) use strip::PANELS as STRIP_PANELS;
 
 use super::activations::XBlock;
 use super::bytes::LINE;
 use super::layout::{BLOCK, Matrix, code_bytes, scale_bytes};
-use super::simd::{Job, Simd, has_strips};
+use super::simd::{Job, Simd, dispatch, has_strips};
 use crate::device::to_grid;
 use crate::format::Format;
 use crate::isa::Isa;
@@ -33,7 +35,8 @@ pub(crate) fn rows_at_once(row_bytes: usize) -> usize {
 /// Whether so many rows times these matrices are worth strips, on processors that have them: then `x` is biased. Codes of eight bits
 /// are no smaller unpacked, and their products with biased bytes would not fit.
 pub(crate) fn wants_strips(isa: Isa, w: &[&Matrix], rows: usize) -> bool {
-    has_strips(isa) && rows >= strip::FEWEST_ROWS && w.iter().all(|w| code_bytes(w.format) < BLOCK)
+    let pays = |w: &&Matrix| code_bytes(w.format) < BLOCK && rows >= strip::fewest_rows(w.format);
+    has_strips(isa) && w.iter().all(pays)
 }
 
 /// Where a product goes: `[rows, w.rows]`.
@@ -60,27 +63,42 @@ pub(crate) struct MultiplyInts<'a> {
     pub out: Output,
 }
 
-impl Job for MultiplyInts<'_> {
+/// The same for matrices of one format: a function of its own for each, or the compiler would take minutes over one of all.
+struct Multiply<'a, C>(MultiplyInts<'a>, PhantomData<C>);
+
+impl<C: Codes> Job for Multiply<'_, C> {
     type Out = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
+        // SAFETY: passed on to whoever made the job.
+        unsafe { self.0.run_as::<S, C>() }
+    }
+}
+
+impl MultiplyInts<'_> {
+    /// # Safety
+    /// The processor has `isa`; panels, rows and `out` are valid as the fields say.
+    pub(crate) unsafe fn run(self, isa: Isa) {
         let Some(first) = self.parts.first() else {
             return;
         };
-        // SAFETY: passed on to whoever made the job.
-        unsafe {
-            match first.format {
-                Format::Q8_0 => self.run_as::<S, Q8_0>(),
-                Format::Q4_0 => self.run_as::<S, Q4_0>(),
-                Format::Q4_1 => self.run_as::<S, Q4_1>(),
-                Format::Q5_0 => self.run_as::<S, Q5_0>(),
-                Format::Q5_1 => self.run_as::<S, Q5_1>(),
-                Format::Q4_K => self.run_as::<S, Q4K>(),
-                Format::Q5_K => self.run_as::<S, Q5K>(),
-                Format::Q6_K => self.run_as::<S, Q6K>(),
-                Format::F32 | Format::F16 | Format::BF16 => {
-                    unreachable!("floats have kernels of their own")
-                }
+        macro_rules! run {
+            // SAFETY: passed on to the caller.
+            ($codes:ty) => {
+                unsafe { dispatch(isa, Multiply::<$codes>(self, PhantomData)) }
+            };
+        }
+        match first.format {
+            Format::Q8_0 => run!(Q8_0),
+            Format::Q4_0 => run!(Q4_0),
+            Format::Q4_1 => run!(Q4_1),
+            Format::Q5_0 => run!(Q5_0),
+            Format::Q5_1 => run!(Q5_1),
+            Format::Q4_K => run!(Q4K),
+            Format::Q5_K => run!(Q5K),
+            Format::Q6_K => run!(Q6K),
+            Format::F32 | Format::F16 | Format::BF16 => {
+                unreachable!("floats have kernels of their own")
             }
         }
     }

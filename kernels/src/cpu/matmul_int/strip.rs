@@ -11,9 +11,16 @@ use crate::cpu::activations::{BIAS, XBlock};
 use crate::cpu::bytes::LINE;
 use crate::cpu::layout::{BLOCK, Matrix, code_bytes};
 use crate::cpu::simd::Simd;
+use crate::format::Format;
 
-/// Rows from which on unpacking pays.
-pub(crate) const FEWEST_ROWS: usize = 16;
+/// Rows from which on unpacking pays: sooner where a tile must widen its sums every eight columns.
+pub(crate) const fn fewest_rows(format: Format) -> usize {
+    match code_bytes(format) {
+        24 => 6,
+        _ => 12,
+    }
+}
+
 /// Panels of a full strip. Work is best cut between strips.
 pub(crate) const PANELS: usize = 4;
 /// Blocks that are unpacked at once: with four panels 20 to 24 KiB, which the first-level cache holds beside a row.
@@ -25,15 +32,6 @@ const fn centre<C: Codes>() -> i32 {
         16 => 8,
         20 => 16,
         _ => 32,
-    }
-}
-
-/// Chunks whose products 16 bits can sum: 255 · 8, 255 · 16 or 255 · 32, two a chunk.
-const fn chunks_a_sum<C: Codes>() -> usize {
-    match code_bytes(C::FORMAT) {
-        16 => 8,
-        20 => 4,
-        _ => 2,
     }
 }
 
@@ -165,7 +163,6 @@ unsafe fn unpack<S: Simd, C: Codes, const P: usize>(
             let codes = start.add(b * code_bytes(C::FORMAT) * S::LANES);
             ask_for::<S, C, P>(w, start, b);
             let (zero, centre) = (S::splat_int(0), S::splat_byte(centre::<C>() as u8));
-            // 128 times sixteen codes of five bits are at least -2¹⁵, and so are eight of six.
             let mut biases = [zero; 2];
             macro_rules! each {
                 ($($n:literal)*) => {$(
@@ -176,7 +173,7 @@ unsafe fn unpack<S: Simd, C: Codes, const P: usize>(
                 )*};
             }
             each!(0 1 2 3 4 5 6 7);
-            let biases = biases.map(|bias| S::sub_32(zero, S::widen(bias)));
+            let biases = biases.map(|bias| S::sub_16(zero, bias));
             let extra = to.add((8 * P + i * extras::<C>()) * vector);
             let (first, second) = C::scales::<S>(scales, b);
             S::store(extra.cast(), first);
@@ -220,48 +217,40 @@ unsafe fn row<S: Simd, C: Codes, const P: usize>(
             S::prefetch(x.wrapping_add(b + stride).cast());
             let x = &*x.add(b);
             let d = S::splat(x.d);
-            let zero = S::splat_int(0);
-            let (mut dots, mut wide) = ([zero; P], [zero; P]);
-            macro_rules! each {
-                ($($n:literal)*) => {$(
-                    let four = x.q.as_ptr().cast::<i32>().add($n).read_unaligned();
-                    let spread = S::splat_int(four);
-                    for i in 0..P {
-                        let w = S::load_bytes(codes.add(($n * P + i) * vector));
-                        dots[i] = S::in_order(S::dot(dots[i], spread, w));
-                    }
-                    if ($n + 1) % chunks_a_sum::<C>() == 0 {
-                        for i in 0..P {
-                            wide[i] = S::add_32(wide[i], S::widen(dots[i]));
-                            dots[i] = zero;
-                        }
-                    }
-                )*};
-            }
             let extra =
                 |i: usize, which: usize| codes.add((8 * P + i * extras::<C>() + which) * vector);
-            macro_rules! add {
-                ($scale:literal, $bias:literal) => {
+            // Sums of 16 bits begin with what takes the activations' bias off, and may wrap on their way: at the end they are those of
+            // signed activations, of which 127 · 8 or 16 times sixteen columns, or 127 · 32 times eight, fit.
+            macro_rules! part {
+                ($scale:literal, $bias:literal: $($n:literal)*) => {
+                    let mut dots = [S::splat_int(0); P];
                     for i in 0..P {
-                        let mut ints = S::add_32(wide[i], S::load_bytes(extra(i, $bias)));
+                        dots[i] = S::load_bytes(extra(i, $bias));
+                    }
+                    $(
+                        let four = x.q.as_ptr().cast::<i32>().add($n).read_unaligned();
+                        let spread = S::splat_int(four);
+                        for i in 0..P {
+                            let w = S::load_bytes(codes.add(($n * P + i) * vector));
+                            dots[i] = S::in_order(S::dot(dots[i], spread, w));
+                        }
+                    )*
+                    for i in 0..P {
+                        let mut ints = S::widen(dots[i]);
                         if C::ZERO == 0 {
                             // The format's codes begin at zero; ours at minus `centre`.
                             ints = S::add_32(ints, S::splat_int(-x.negative_sum * centre::<C>()));
                         }
                         let scaled = S::mul(S::int_to_float(ints), d);
                         sums[i] = S::fma(scaled, S::load(extra(i, $scale).cast()), sums[i]);
-                        wide[i] = zero;
                     }
                 };
             }
-            each!(0 1 2 3);
             if C::HALVES {
-                add!(0, 1);
-                each!(4 5 6 7);
-                add!(2, 3);
+                part!(0, 1: 0 1 2 3);
+                part!(2, 3: 4 5 6 7);
             } else {
-                each!(4 5 6 7);
-                add!(0, 1);
+                part!(0, 1: 0 1 2 3 4 5 6 7);
             }
             if C::MIN {
                 let d_sum = S::splat(x.d_sum);

@@ -190,6 +190,10 @@ impl Simd for Avx2 {
         unsafe { _mm256_storeu_si256(p.cast(), v) }
     }
     #[inline(always)]
+    unsafe fn sub_16(a: __m256i, b: __m256i) -> __m256i {
+        unsafe { _mm256_sub_epi16(a, b) }
+    }
+    #[inline(always)]
     unsafe fn sub_8(a: __m256i, b: __m256i) -> __m256i {
         unsafe { _mm256_sub_epi8(a, b) }
     }
@@ -224,10 +228,6 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn add_32(a: __m256i, b: __m256i) -> __m256i {
         unsafe { _mm256_add_epi32(a, b) }
-    }
-    #[inline(always)]
-    unsafe fn sub_32(a: __m256i, b: __m256i) -> __m256i {
-        unsafe { _mm256_sub_epi32(a, b) }
     }
     #[inline(always)]
     unsafe fn int_to_float(a: __m256i) -> __m256 {

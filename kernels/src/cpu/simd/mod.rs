@@ -138,6 +138,8 @@ pub(crate) trait Simd: Copy + 'static {
 
     unsafe fn load_bytes(p: *const u8) -> Self::I;
     unsafe fn store_bytes(p: *mut u8, v: Self::I);
+    /// Each 16 bits, wrapping.
+    unsafe fn sub_16(a: Self::I, b: Self::I) -> Self::I;
     /// Each byte, wrapping.
     unsafe fn sub_8(a: Self::I, b: Self::I) -> Self::I;
     unsafe fn splat_byte(x: u8) -> Self::I;
@@ -150,7 +152,6 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn shr_16<const N: i32>(a: Self::I) -> Self::I;
     unsafe fn shl_32<const N: i32>(a: Self::I) -> Self::I;
     unsafe fn add_32(a: Self::I, b: Self::I) -> Self::I;
-    unsafe fn sub_32(a: Self::I, b: Self::I) -> Self::I;
     unsafe fn int_to_float(a: Self::I) -> Self::F;
     /// Adds to each lane's sum the four products of unsigned bytes `w` and signed bytes `x`; see [`DOT_32`](Simd::DOT_32).
     unsafe fn dot(sum: Self::I, w: Self::I, x: Self::I) -> Self::I;

@@ -165,6 +165,15 @@ impl Simd for Scalar {
         unsafe { p.cast::<I>().write_unaligned(v) }
     }
     #[inline(always)]
+    unsafe fn sub_16(a: I, b: I) -> I {
+        let low = |x: i32| x as i16;
+        let high = |x: i32| (x >> 16) as i16;
+        std::array::from_fn(|i| {
+            let sub = |of: fn(i32) -> i16| of(a[i]).wrapping_sub(of(b[i])) as u16 as i32;
+            sub(low) | sub(high) << 16
+        })
+    }
+    #[inline(always)]
     unsafe fn sub_8(a: I, b: I) -> I {
         std::array::from_fn(|i| {
             let (a, b) = (a[i].to_ne_bytes(), b[i].to_ne_bytes());
@@ -202,10 +211,6 @@ impl Simd for Scalar {
     #[inline(always)]
     unsafe fn add_32(a: I, b: I) -> I {
         std::array::from_fn(|i| a[i] + b[i])
-    }
-    #[inline(always)]
-    unsafe fn sub_32(a: I, b: I) -> I {
-        std::array::from_fn(|i| a[i] - b[i])
     }
     #[inline(always)]
     unsafe fn int_to_float(a: I) -> F {
