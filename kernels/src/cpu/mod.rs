@@ -96,7 +96,7 @@ impl Cpu {
 
     /// Into how many tasks to cut `panels` panels of so many products each.
     fn tasks(&self, panels: usize, panel_products: usize) -> usize {
-        (4 * self.threads())
+        (8 * self.threads())
             .min(panels * panel_products / TASK_PRODUCTS)
             .clamp(1, panels.max(1))
     }

@@ -2,7 +2,8 @@
 //!
 //! Between operations a thread spins briefly, since the next one is mostly near, and then sleeps: the machine is shared.
 //! A thread that the system has put aside delays nobody: whoever is awake takes the tasks, and the caller waits only for
-//! threads that have begun.
+//! threads that have begun. Each begins with a share of neighbouring tasks, so that what one fetches ahead is its own, and
+//! then takes from the others' shares.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::*};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -25,12 +26,17 @@ struct Shared {
     door: AtomicU64,
     /// The job: set while the door is shut and nobody is inside.
     job: std::cell::UnsafeCell<Option<(*const Task<'static>, usize)>>,
-    next: AtomicUsize,
+    /// Each thread's next task, in its share.
+    next: Box<[Next]>,
     panicked: AtomicBool,
     stop: AtomicBool,
     sleepers: Mutex<usize>,
     wake: Condvar,
 }
+
+/// A cache line of its own.
+#[repr(align(64))]
+struct Next(AtomicUsize);
 
 const OPEN: u64 = 1 << 31;
 const INSIDE: u64 = OPEN - 1;
@@ -47,7 +53,7 @@ impl Pool {
         let shared = Arc::new(Shared {
             door: AtomicU64::new(0),
             job: std::cell::UnsafeCell::new(None),
-            next: AtomicUsize::new(0),
+            next: (0..threads).map(|_| Next(AtomicUsize::new(0))).collect(),
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             sleepers: Mutex::new(0),
@@ -58,7 +64,7 @@ impl Pool {
                 let shared = shared.clone();
                 let spawned = std::thread::Builder::new()
                     .name(format!("kernels-{i}"))
-                    .spawn(move || shared.work());
+                    .spawn(move || shared.work(i));
                 spawned
                     .inspect_err(|error| tracing::warn!(%error, "one kernel thread fewer"))
                     .ok()
@@ -102,7 +108,9 @@ impl Pool {
         };
         // SAFETY: the door is shut and nobody is inside, since the last holder of the turn left by `Shut`.
         unsafe { *shared.job.get() = Some((pointer, count)) };
-        shared.next.store(0, Relaxed);
+        for (thread, next) in shared.next.iter().enumerate() {
+            next.0.store(shared.share(thread, count).start, Relaxed);
+        }
         let generation = (shared.door.load(Relaxed) >> 32).wrapping_add(1) & 0xffff_ffff;
         shared.door.store(generation << 32 | OPEN, SeqCst);
         if *shared.lock() > 0 {
@@ -125,7 +133,7 @@ impl Pool {
         }
         {
             let _shut = Shut(shared);
-            shared.take(task, count);
+            shared.take(0, task, count);
         }
         assert!(
             !shared.panicked.swap(false, Relaxed),
@@ -150,18 +158,28 @@ impl Shared {
         self.sleepers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn take(&self, task: &Task<'_>, count: usize) {
-        loop {
-            let i = self.next.fetch_add(1, Relaxed);
-            if i >= count {
-                return;
+    /// The tasks that a thread begins with.
+    fn share(&self, thread: usize, count: usize) -> std::ops::Range<usize> {
+        let cut = |thread: usize| thread * count / self.next.len();
+        cut(thread)..cut(thread + 1)
+    }
+
+    fn take(&self, thread: usize, task: &Task<'_>, count: usize) {
+        let threads = self.next.len();
+        for thread in (thread..threads).chain(0..thread) {
+            let share = self.share(thread, count);
+            loop {
+                let i = self.next[thread].0.fetch_add(1, Relaxed);
+                if i >= share.end {
+                    break;
+                }
+                task(i);
             }
-            task(i);
         }
     }
 
     /// A pool thread's life.
-    fn work(&self) {
+    fn work(&self, thread: usize) {
         let mut done = 0;
         while let Some(door) = self.next_door(done) {
             done = door >> 32;
@@ -180,8 +198,9 @@ impl Shared {
                     .map(|(task, count)| (&*task, count))
                     .unwrap_unchecked()
             };
-            let result =
-                std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.take(task, count)));
+            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                self.take(thread, task, count)
+            }));
             if result.is_err() {
                 self.panicked.store(true, Relaxed);
             }
