@@ -83,8 +83,8 @@ impl MultiplyInts<'_> {
             return;
         };
         macro_rules! run {
-            // SAFETY: passed on to the caller.
             ($codes:ty) => {
+                // SAFETY: passed on to the caller.
                 unsafe { dispatch(isa, Multiply::<$codes>(self, PhantomData)) }
             };
         }
