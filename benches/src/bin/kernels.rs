@@ -2,8 +2,8 @@
 //!
 //! `kernels [THREADS]` prints, for the matrix shapes of SmolLM2 and of Llama 3.2 1B in each format: how fast one row is
 //! multiplied (decode: bytes of weights a second, and the share of the measured reading speed), and how fast 8 and 512 rows
-//! are (several answers at once, prefill: operations a second, and the share of the measured 8-bit peak). Matrices for decode are as many as exceed the
-//! caches, except SmolLM2's, whose whole model fits in them.
+//! are (several answers at once, prefill: operations a second, and the share of the measured 8-bit peak). Matrices for decode
+//! are as many as exceed the caches, except SmolLM2's, whose whole model fits in them.
 
 use std::time::Instant;
 

@@ -26,8 +26,7 @@ pub struct Limits {
 }
 
 impl Default for Limits {
-    /// For a model on a processor: a step of 32 prompt rows takes a fraction of a tenth of a second there, and uses it nearly as well
-    /// as a larger one.
+    /// For a model on a processor, which 32 prompt rows use nearly as well as more; a newcomer waits for the step under way.
     fn default() -> Self {
         Self {
             max_sequences: 32,
