@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::candidates::{Allowed, Head};
 use crate::format::Format;
 
 /// Positions in one block of the KV cache.
@@ -311,4 +312,13 @@ pub trait Device: Send + Sync + 'static {
         seqs: &[SeqSpan<'_>],
         out: &mut Self::Buf,
     );
+    /// The head of each row of `logits[allowed.len(), width]` with `k` candidates, of the tokens that its row allows (`None`: all).
+    /// Where a row says what is allowed, a logit of -∞ is no candidate.
+    fn heads(
+        &self,
+        logits: &Self::Buf,
+        width: usize,
+        allowed: &[Option<Allowed<'_>>],
+        k: usize,
+    ) -> Vec<Head>;
 }

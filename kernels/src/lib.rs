@@ -6,7 +6,7 @@
 //! - [`cpu`]: that interface on the processor: weights are repacked once for the instruction set ([`Isa`]), then
 //!   multiplied on a small thread pool.
 //! - [`encoder`]: what a sentence encoder needs beyond that, on plain slices.
-//! - [`candidates`]: the top of a row of logits.
+//! - [`candidates`]: the head of a row of logits.
 //! - [`measure`]: this machine's limits, in the units in which a kernel's speed is reported.
 //!
 //! Invariants:
@@ -23,7 +23,7 @@ pub mod format;
 pub mod isa;
 pub mod measure;
 
-pub use candidates::top_candidates;
+pub use candidates::{Allowed, Head};
 pub use cpu::Cpu;
 pub use device::{
     BLOCK_TOKENS, Device, Error, KV_GROUP, KvFormat, Rope, SeqSpan, WeightRows, to_grid,

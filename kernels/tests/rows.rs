@@ -3,30 +3,103 @@
 mod material;
 
 use kernels::encoder::{add_bias, attention, gelu, layer_norm};
-use kernels::{Cpu, Device, Isa, measure, top_candidates};
+use kernels::{Allowed, Cpu, Device, Head, Isa, measure};
 use material::*;
 use proptest::prelude::*;
+
+fn heads(
+    isa: Isa,
+    logits: &[f32],
+    width: usize,
+    allowed: &[Option<Allowed<'_>>],
+    k: usize,
+) -> Vec<Head> {
+    Cpu::new(2, isa).heads(&logits.to_vec(), width, allowed, k)
+}
+
+fn sorted(mut pairs: Vec<(u32, f32)>, k: usize) -> Vec<(u32, f32)> {
+    pairs.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    pairs.truncate(k);
+    pairs
+}
+
+fn numbered(logits: &[f32]) -> Vec<(u32, f32)> {
+    (0..).zip(logits.iter().copied()).collect()
+}
 
 proptest! {
     #[test]
     fn candidates_are_the_head_of_a_full_sort(
-        logits in proptest::collection::vec(prop_oneof![4 => -5i32..5, 1 => -1000i32..1000], 0..700),
+        logits in proptest::collection::vec(prop_oneof![4 => -5i32..5, 1 => -1000i32..1000], 1..700),
         k in 0usize..300,
+        words in proptest::collection::vec(prop_oneof![Just(0), Just(u32::MAX), any::<u32>()], 0..30),
+        first in 0usize..200,
     ) {
         let logits: Vec<f32> = logits.into_iter().map(|x| x as f32 / 4.0).collect();
-        let mut sorted: Vec<(u32, f32)> = logits.iter().enumerate().map(|(i, &x)| (i as u32, x)).collect();
-        sorted.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-        sorted.truncate(k);
-        prop_assert_eq!(top_candidates(&logits, k), sorted);
+        let allowed = Allowed { words: &words, first };
+        let bit = |token: usize| words.get(token / 32).is_some_and(|w| w >> (token % 32) & 1 == 1);
+        let some: Vec<(u32, f32)> = numbered(&logits).into_iter().filter(|(i, _)| bit(first + *i as usize)).collect();
+        for isa in Isa::available() {
+            let rows = [logits.clone(), logits.clone()].concat();
+            let heads = heads(isa, &rows, logits.len(), &[None, Some(allowed)], k);
+            prop_assert_eq!(&heads[0].top, &sorted(numbered(&logits), k));
+            prop_assert_eq!(&heads[1].top, &sorted(some.clone(), k));
+            prop_assert_eq!(heads[0].exp_sum.to_bits(), heads[1].exp_sum.to_bits());
+            let largest = logits.iter().copied().fold(f32::MIN, f32::max);
+            let exact: f64 = logits.iter().map(|&x| f64::from(x - largest).exp()).sum();
+            prop_assert_eq!(heads[0].largest, largest);
+            prop_assert!((heads[0].exp_sum / exact - 1.0).abs() < 1e-6, "{} {exact}", heads[0].exp_sum);
+        }
     }
 }
 
 #[test]
-fn nan_is_no_candidate() {
-    let logits = [1.0, f32::NAN, f32::NEG_INFINITY, 3.0];
+fn a_vocabulary_of_many_parts_has_one_head_in_any_company() {
+    let mut random = Random(5);
+    let width = 50_000;
+    let rows: Vec<Vec<f32>> = (0..3).map(|_| random.activations(width)).collect();
+    for isa in Isa::available() {
+        let together = heads(isa, &rows.concat(), width, &[None; 3], 256);
+        for (row, head) in rows.iter().zip(&together) {
+            assert_eq!(head.top, sorted(numbered(row), 256));
+            assert_eq!(*head, heads(isa, row, width, &[None], 256)[0]);
+        }
+    }
+}
+
+#[test]
+fn what_is_not_finite_is_told() {
+    let (nan, low, high) = (f32::NAN, f32::NEG_INFINITY, f32::INFINITY);
+    for isa in Isa::available() {
+        let head = |logits: &[f32]| heads(isa, logits, logits.len(), &[None], 4).remove(0);
+        let some = head(&[1.0, nan, low, 3.0]);
+        assert_eq!(some.top, [(3, 3.0), (0, 1.0), (2, low)]);
+        assert!(some.largest == 3.0 && some.exp_sum.is_nan());
+        for at in [0, 20, 39_999] {
+            let mut logits = vec![low; 40_000];
+            assert_eq!(head(&logits).largest, low);
+            logits[at] = 2.0;
+            assert!(
+                (head(&logits).exp_sum - 1.0).abs() < 1e-5,
+                "parts without a number add nothing"
+            );
+            for bad in [nan, high] {
+                logits[at] = bad;
+                let head = head(&logits);
+                assert!(!head.exp_sum.is_finite() || !head.largest.is_finite());
+            }
+        }
+    }
+    let words = [u32::MAX];
+    let allowed = [Some(Allowed {
+        words: &words,
+        first: 0,
+    })];
+    let masked = heads(Isa::detect(), &[low, 1.0, low], 3, &allowed, 4);
     assert_eq!(
-        top_candidates(&logits, 4),
-        [(3, 3.0), (0, 1.0), (2, f32::NEG_INFINITY)]
+        masked[0].top,
+        [(1, 1.0)],
+        "a forbidden logit is no candidate"
     );
 }
 

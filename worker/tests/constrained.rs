@@ -26,7 +26,7 @@ use worker::text::{TextSide, Tokenizer};
 
 /// What the issue asks for.
 const SCHEMAS_AT_LEAST: usize = 100;
-const CONTEXT: usize = 2048;
+const CONTEXT: usize = 1024;
 
 #[derive(Debug, Deserialize)]
 struct Case {

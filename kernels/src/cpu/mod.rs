@@ -1,11 +1,12 @@
 //! The processor as a [`Device`]: this file cuts operations into tasks; what a task computes is in the other rooms.
 //!
 //! [`layout`]: packed weights. [`activations`]: rows as bytes. [`matmul_int`], [`matmul_float`], [`kv`], [`attention`],
-//! [`layer`]: kernels, written once over [`simd`]'s vectors. [`pool`]: the threads. No model and no file format is known here.
+//! [`layer`], [`candidates`]: kernels, written once over [`simd`]'s vectors. [`pool`]: the threads. No model and no file format is known here.
 
 mod activations;
 mod attention;
 pub(crate) mod bytes;
+mod candidates;
 mod kv;
 mod layer;
 mod layout;
@@ -20,6 +21,7 @@ pub use kv::Kv;
 pub use layout::Matrix;
 
 use activations::{Quantise, XBlock};
+use candidates::Summarise;
 use layer::{AddSum, Angles, RmsNorm, Rotate, SiluGate};
 use layout::BLOCK;
 use matmul_float::MultiplyFloats;
@@ -27,6 +29,7 @@ use matmul_int::{MultiplyInts, Output, STRIP_PANELS, wants_strips};
 use pool::Pool;
 use simd::{Job, dispatch};
 
+use crate::candidates::{Allowed, Head};
 use crate::device::{Device, Error, KvFormat, Rope, SeqSpan, WeightRows};
 use crate::isa::Isa;
 
@@ -524,5 +527,35 @@ impl Device for Cpu {
         } else {
             self.pool.run(parts.len(), &|i| attend(&parts[i]));
         }
+    }
+
+    fn heads(
+        &self,
+        logits: &Vec<f32>,
+        width: usize,
+        allowed: &[Option<Allowed<'_>>],
+        k: usize,
+    ) -> Vec<Head> {
+        let logits = &logits[..allowed.len() * width];
+        // Parts of one size whatever the number of rows, so that a row's sums are the same in any company.
+        let per_row = width.div_ceil(TASK_FLOATS);
+        let mut parts = vec![Head::default(); allowed.len() * per_row];
+        let to = Shared(parts.as_mut_ptr());
+        self.pool.run(allowed.len() * per_row, &|i| {
+            let (row, first) = (i / per_row, i % per_row * TASK_FLOATS);
+            let last = (first + TASK_FLOATS).min(width);
+            let job = Summarise {
+                logits: &logits[row * width + first..row * width + last],
+                first,
+                allowed: allowed[row],
+                k,
+            };
+            // SAFETY: one part a task.
+            unsafe { to.part(i, 1)[0] = self.run(job) };
+        });
+        let mut parts = parts.into_iter();
+        let rows = allowed.iter();
+        rows.map(|_| Head::of_parts(parts.by_ref().take(per_row), k))
+            .collect()
     }
 }

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use kernels::{Allowed, Device, Head};
 use serde::{Deserialize, Serialize};
 
 use super::{CANDIDATES, Candidates, Error, StepBatch, Want};
@@ -17,43 +18,45 @@ pub struct Part {
 }
 
 /// Parts of the batch's rows of `logits`, `[logits_rows, vocab.len()]`.
-pub fn parts(logits: &[f32], vocab: Range<usize>, batch: &StepBatch) -> Vec<Part> {
-    let rows = batch.logits_rows.len();
+pub fn parts<D: Device>(
+    device: &D,
+    logits: &D::Buf,
+    vocab: Range<usize>,
+    batch: &StepBatch,
+) -> Vec<Part> {
     let mut wants = batch.wants.iter().peekable();
     let plain = Want::default();
-    (0..rows)
-        .map(|row| {
-            let want = wants.next_if(|want| want.row == row).unwrap_or(&plain);
-            let own = &logits[row * vocab.len()..(row + 1) * vocab.len()];
-            part(
-                own,
-                &vocab,
-                want.mask.as_deref(),
-                batch.full_logits || want.full,
-            )
-        })
-        .collect()
-}
-
-fn part(logits: &[f32], vocab: &Range<usize>, mask: Option<&[u32]>, full: bool) -> Part {
-    // Of all tokens, so that probabilities are the model's own.
-    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let exp_sum = exp_sum(logits, largest);
-    let masked = mask.map(|mask| masked(logits, vocab.start, mask));
-    let logits = masked.as_deref().unwrap_or(logits);
-    let mut top = kernels::top_candidates(logits, CANDIDATES);
-    if masked.is_some() {
-        top.retain(|(_, logit)| *logit > f32::NEG_INFINITY);
-    }
-    for (id, _) in &mut top {
-        *id += vocab.start as u32;
-    }
-    Part {
-        top,
-        largest,
-        exp_sum,
-        full: full.then(|| logits.to_vec()),
-    }
+    let wants: Vec<&Want> = (0..batch.logits_rows.len())
+        .map(|row| wants.next_if(|want| want.row == row).unwrap_or(&plain))
+        .collect();
+    let first = vocab.start;
+    let allowed: Vec<Option<Allowed<'_>>> = wants
+        .iter()
+        .map(|want| want.mask.as_deref().map(|words| Allowed { words, first }))
+        .collect();
+    let heads = device.heads(logits, vocab.len(), &allowed, CANDIDATES);
+    let part = |(row, (want, head)): (usize, (&Want, Head))| {
+        let mut top = head.top;
+        for (id, _) in &mut top {
+            *id += vocab.start as u32;
+        }
+        let full = (batch.full_logits || want.full).then(|| {
+            let mut own = vec![0.0; vocab.len()];
+            device.download(logits, row * vocab.len(), &mut own);
+            match &want.mask {
+                Some(mask) => masked(&own, vocab.start, mask),
+                None => own,
+            }
+        });
+        Part {
+            top,
+            largest: head.largest,
+            exp_sum: head.exp_sum,
+            full,
+        }
+    };
+    let heads = wants.into_iter().zip(heads);
+    heads.enumerate().map(part).collect()
 }
 
 /// The logits of the tokens from `first` with those that `mask` does not allow at negative infinity.
@@ -128,62 +131,14 @@ pub fn merge(mut ranks: Vec<Vec<Part>>, rows: usize) -> Result<Vec<Candidates>, 
     Ok(merged)
 }
 
-/// Σ exp(x − largest), NaN if any x is. Written so that it vectorises: libm's exp would take a tenth of a small model's step.
-fn exp_sum(logits: &[f32], largest: f32) -> f64 {
-    logits
-        .chunks(64)
-        .map(|chunk| chunk.iter().map(|&x| exp(x - largest)).sum::<f32>())
-        .map(f64::from)
-        .sum()
-}
-
-/// eˣ for x ≤ 0 to 10⁻⁷·(4 + |x|) relative: the larger a term of the sum, the more exact. Below -87 it is 0.
-#[inline]
-fn exp(x: f32) -> f32 {
-    let t = x * std::f32::consts::LOG2_E;
-    // Round to nearest by the shift trick; the integer then lies in the low mantissa bits.
-    const SHIFT: f32 = 12_582_912.0;
-    let shifted = t.max(-126.0) + SHIFT;
-    let whole = shifted - SHIFT;
-    let f = t - whole;
-    let scale =
-        f32::from_bits(((shifted.to_bits() as i32 - SHIFT.to_bits() as i32 + 127) << 23) as u32);
-    // Taylor series of 2^f on [-½, ½]; the eighth term is under 10⁻⁸.
-    let p = 1.525_273_4e-5_f32;
-    let p = p * f + 1.540_353_1e-4;
-    let p = p * f + 1.333_355_8e-3;
-    let p = p * f + 9.618_129e-3;
-    let p = p * f + 5.550_411e-2;
-    let p = p * f + 0.240_226_5;
-    let p = p * f + std::f32::consts::LN_2;
-    let p = p * f + 1.0;
-    // `max` above drops a NaN; this keeps it, and ends the range where the scale would leave the normal numbers.
-    if x < -87.0 {
-        0.0
-    } else if x.is_nan() {
-        x
-    } else {
-        p * scale
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use kernels::{Cpu, Isa};
+
     use super::*;
 
-    #[test]
-    fn exp_agrees_with_the_library() {
-        for i in 0..87_000 {
-            let x = -(i as f32) / 1000.0;
-            let (got, expected) = (f64::from(exp(x)), f64::from(x).exp());
-            let allowed = 1e-7 * (4.0 - f64::from(x));
-            assert!(
-                ((got - expected) / expected).abs() < allowed,
-                "exp({x}) = {got}, expected {expected}"
-            );
-        }
-        assert_eq!(exp(-1000.0), 0.0);
-        assert!(exp(f32::NAN).is_nan());
+    fn of(logits: &[f32], vocab: Range<usize>, batch: &StepBatch) -> Vec<Part> {
+        parts(&Cpu::new(1, Isa::detect()), &logits.to_vec(), vocab, batch)
     }
 
     /// `rows` rows of which all logits are wanted.
@@ -200,12 +155,12 @@ mod tests {
         let logits: Vec<f32> = (0..1000u32)
             .map(|i| (i.wrapping_mul(2_654_435_761) >> 20) as f32 / 128.0)
             .collect();
-        let whole = merge(vec![parts(&logits, 0..1000, &batch(1))], 1).unwrap();
+        let whole = merge(vec![of(&logits, 0..1000, &batch(1))], 1).unwrap();
         assert_eq!(whole[0].top.len(), CANDIDATES);
         for cut in [0, 1, 64, 500, 1000] {
             let halves = vec![
-                parts(&logits[..cut], 0..cut, &batch(1)),
-                parts(&logits[cut..], cut..1000, &batch(1)),
+                of(&logits[..cut], 0..cut, &batch(1)),
+                of(&logits[cut..], cut..1000, &batch(1)),
             ];
             let merged = merge(halves, 1).unwrap();
             assert_eq!(merged[0].top, whole[0].top);
@@ -217,7 +172,7 @@ mod tests {
     #[test]
     fn a_row_that_is_not_finite_has_no_candidate_and_leaves_the_others_alone() {
         let good = [0.5, 2.0, -1.0, 0.0, 1.0, 1.0, 1.0, 1.0];
-        let alone = merge(vec![parts(&good, 0..8, &batch(1))], 1).unwrap();
+        let alone = merge(vec![of(&good, 0..8, &batch(1))], 1).unwrap();
         for bad in [f32::NAN, f32::INFINITY] {
             for at in 0..8 {
                 let mut logits = [good, good, good].concat();
@@ -227,7 +182,7 @@ mod tests {
                         .chunks(8)
                         .flat_map(|row| row[half.clone()].to_vec())
                         .collect();
-                    parts(&own, half, &batch(3))
+                    of(&own, half, &batch(3))
                 });
                 let merged = merge(halves.into(), 3).unwrap();
                 assert!(merged[1].top.is_empty() && merged[1].full.is_none());
@@ -258,7 +213,7 @@ mod tests {
             full: true,
         }];
         let two = [logits.clone(), logits.clone()].concat();
-        let whole = merge(vec![parts(&two, 0..300, &want)], 2).unwrap();
+        let whole = merge(vec![of(&two, 0..300, &want)], 2).unwrap();
         assert_eq!(whole[0].top.len(), CANDIDATES);
         assert!(whole[0].full.is_none());
         let expected: Vec<u32> = (0..288).filter(|&id| allowed(id)).collect();
@@ -274,7 +229,7 @@ mod tests {
                     .chunks(300)
                     .flat_map(|r| r[range.clone()].to_vec())
                     .collect();
-                parts(&own, range, &want)
+                of(&own, range, &want)
             };
             let merged = merge(vec![half(0..cut), half(cut..300)], 2).unwrap();
             assert_eq!(

@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use kernels::{Device, Rope, SeqSpan};
 
+use super::candidates::{self, Part};
 use super::{Error, StepBatch};
 use crate::collective::Collective;
 use crate::file::{ModelConfig, ModelFile};
@@ -126,12 +127,12 @@ impl<D: Device> Model<D> {
         }
     }
 
-    /// One step: logits of this rank's part of the vocabulary, `[batch.logits_rows, shard.vocab_rows]`. `batch` was checked.
+    /// One step: what this rank's part of the vocabulary gives for each of `batch.logits_rows`. `batch` was checked.
     pub fn forward(
         &mut self,
         batch: &StepBatch,
         group: &mut dyn Collective,
-    ) -> Result<&[f32], Error> {
+    ) -> Result<Vec<Part>, Error> {
         let count = batch.tokens.len();
         let cut = if count >= HALVED_ROWS && group.background().is_some() {
             (count / 2).next_multiple_of(TILE_ROWS)
@@ -170,7 +171,14 @@ impl<D: Device> Model<D> {
         for half in 0..parts.len() {
             self.settle(half, group)?;
         }
-        self.logits(cut, &batch.logits_rows)
+        self.logits(cut, &batch.logits_rows)?;
+        let (logits, vocab) = (&self.rooms[0].logits, &self.shard.vocab_rows);
+        Ok(candidates::parts(
+            &self.device,
+            logits,
+            vocab.clone(),
+            batch,
+        ))
     }
 
     /// `sum = attention(norm(x)) · output`, this rank's heads' part of it.
@@ -293,8 +301,9 @@ impl<D: Device> Model<D> {
         Ok(())
     }
 
-    /// Logits of the wanted rows, of which those from `cut` on lie in the second half, over this rank's part of the vocabulary.
-    fn logits(&mut self, cut: usize, rows: &[u32]) -> Result<&[f32], Error> {
+    /// Computes the logits of the wanted rows, of which those from `cut` on lie in the second half, over this rank's part of the
+    /// vocabulary: `[rows, shard.vocab_rows]`.
+    fn logits(&mut self, cut: usize, rows: &[u32]) -> Result<(), Error> {
         let (device, hidden) = (&self.device, self.config.hidden);
         let len = rows.len() * self.shard.vocab_rows.len();
         let weights = &self.weights;
@@ -304,7 +313,7 @@ impl<D: Device> Model<D> {
             .or(weights.embedding.as_ref())
             .filter(|_| !rows.is_empty())
         else {
-            return Ok(&[]);
+            return Ok(());
         };
         let [first, second] = &mut self.rooms;
         first.host.resize(hidden.max(first.host.len()), 0.0);
@@ -341,12 +350,7 @@ impl<D: Device> Model<D> {
             rows.len(),
             &mut [&mut first.logits],
         );
-        if device.host(&first.logits).is_none() {
-            first.host.resize(len.max(first.host.len()), 0.0);
-            device.download(&first.logits, 0, &mut first.host[..len]);
-        }
-        let all = device.host(&first.logits).unwrap_or(&first.host);
-        Ok(&all[..len])
+        Ok(())
     }
 }
 

@@ -108,9 +108,7 @@ impl<D: Device> RankModel<D> {
     }
 
     fn compute(&mut self, batch: &StepBatch) -> Result<Option<Vec<Candidates>>, Error> {
-        let logits = self.model.forward(batch, self.collective.as_mut())?;
-        let vocab = &self.numbers.vocab_rows;
-        let parts = candidates::parts(logits, vocab.clone(), batch);
+        let parts = self.model.forward(batch, self.collective.as_mut())?;
         if self.collective.size() == 1 {
             return candidates::merge(vec![parts], batch.logits_rows.len()).map(Some);
         }

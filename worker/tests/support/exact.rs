@@ -1,6 +1,8 @@
 //! The processor with a KV cache and attention in plain f32: what the cache in its formats is measured against.
 
-use kernels::{BLOCK_TOKENS, Cpu, Device, Error, KvFormat, Rope, SeqSpan, WeightRows};
+use kernels::{
+    Allowed, BLOCK_TOKENS, Cpu, Device, Error, Head, KvFormat, Rope, SeqSpan, WeightRows,
+};
 
 /// [`Cpu`], but keys and values are kept as they come.
 pub struct ExactKv(pub Cpu);
@@ -150,5 +152,14 @@ impl Device for ExactKv {
                 }
             }
         }
+    }
+    fn heads(
+        &self,
+        logits: &Self::Buf,
+        width: usize,
+        allowed: &[Option<Allowed<'_>>],
+        k: usize,
+    ) -> Vec<Head> {
+        self.0.heads(logits, width, allowed, k)
     }
 }
