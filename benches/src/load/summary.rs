@@ -110,7 +110,7 @@ fn tenant_summary(name: &str, records: &[&Record], bounds: Bounds, seconds: f64)
         let kind = match &record.outcome {
             Outcome::Answered | Outcome::Cancelled => continue,
             Outcome::Refused(status) => format!("HTTP {status}"),
-            Outcome::Broken(_) => "broken".into(),
+            Outcome::Broken(why) => format!("broken ({})", why.lines().next().unwrap_or_default()),
             Outcome::Unanswered => "unanswered".into(),
             Outcome::NotSent => "not sent".into(),
         };

@@ -214,7 +214,8 @@ pub fn table(soak: &Soak) -> String {
     let middle = soak.looks.get(soak.looks.len() / 2);
     let files = |l: Option<&Look>| l.map_or(0, |l| l.open_files);
     let growth = soak.growth().unwrap_or(f64::NAN);
-    let failed: Vec<String> = all.failed.iter().map(|(k, n)| format!("{n} {k}")).collect();
+    let failed = all.failed.iter().map(|(k, n)| format!("{n} × {k}"));
+    let failed: Vec<String> = failed.map(|f| f.replace('|', "/")).collect();
     let or_none = |list: Vec<String>| match list.as_slice() {
         [] => "none".into(),
         list => list.join(", "),
@@ -239,6 +240,15 @@ pub fn table(soak: &Soak) -> String {
         format!(
             "{}; {}; {:.0}",
             all.prompt_tokens, all.completion_tokens, all.tokens_per_s
+        ),
+        None,
+    );
+    let first_token = all.first_token_s;
+    line(
+        "first token: median, p90, longest",
+        format!(
+            "{:.2}, {:.1}, {:.1} s",
+            first_token.p50, first_token.p90, first_token.max
         ),
         None,
     );

@@ -147,7 +147,7 @@ impl Default for WorkerSection {
             kv_format: Default::default(),
             speculate: true,
             max_waiting: 512,
-            mixed_rows: 32,
+            mixed_rows: 48,
             tenant_running: 0,
             tenant_waiting: 0,
             tenant_weights: BTreeMap::new(),

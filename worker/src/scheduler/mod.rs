@@ -1,7 +1,7 @@
 //! Which sequences are in the next step. Pure: no clock, no thread, no model; the same events give the same steps.
 //!
 //! Every step takes first one row of each sequence in decode ([`plan`]), then pieces of prompts, always of the tenant that got
-//! least ([`fair`]); within a tenant the prompt that is soonest done goes first, and every fourth piece goes to the oldest, so
+//! least ([`fair`]); within a tenant the prompt that is soonest done goes first, and every third piece goes to the oldest, so
 //! that a short one does not wait for a long one nor a long one for ever. (Of equal prompts the first goes first: taking turns
 //! would end none earlier and most later.) Waiting sequences are admitted by the same counters as long as places and KV blocks
 //! last. When they do not last, who has more than his share gives way ([`room`]): a sequence gives its blocks back, which stay

@@ -9,8 +9,9 @@ use crate::model::{Span, StepBatch};
 /// Rows that a prompt gets before it is asked again whose turn it is: few enough to share a step, enough to fill the
 /// kernels' tiles.
 const CHUNK_ROWS: usize = 32;
-/// Every so many chunks of a flow the oldest prompt gets one instead of the one that is soonest done.
-pub(super) const OLDEST_EVERY: u64 = 4;
+/// Every so many chunks of a flow the oldest prompt gets one instead of the one that is soonest done: rarer, and long
+/// prompts wait much longer at saturation; more often, and middling ones do.
+pub(super) const OLDEST_EVERY: u64 = 3;
 
 /// Rows given to sequences so far.
 #[derive(Debug, Default)]

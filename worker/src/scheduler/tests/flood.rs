@@ -32,6 +32,15 @@ const ONE_B: Cost = Cost {
 };
 
 impl Cost {
+    fn twice(self) -> Self {
+        let Self { base, row, context } = self;
+        Self {
+            base: 2.0 * base,
+            row: 2.0 * row,
+            context: 2.0 * context,
+        }
+    }
+
     fn of(&self, step: &Planned) -> f64 {
         let looked_at: usize = step
             .batch
@@ -158,10 +167,18 @@ fn play(
 /// Makes a flooding tenant's request of an ordinary one.
 type Flood = fn(Arrival) -> Arrival;
 
-/// The quiet tenant asks `samples` times, once in `quiet_every` of the times that a request takes; the other floods. Returns
-/// the p99 of the quiet one's first tokens beside the flood as a multiple of that alone, and the throughput as a part of that in
-/// order of arrival.
-fn compare(name: &str, cost: Cost, quiet_every: f64, samples: f64, flood: Flood) -> (f64, f64) {
+/// What a flood does.
+struct Compared {
+    /// The p99 of the quiet tenant's first tokens as a multiple of that alone.
+    alone: f64,
+    /// The same as a multiple of that alone on a machine half as fast: its share.
+    half: f64,
+    /// Throughput as a part of that in order of arrival.
+    throughput: f64,
+}
+
+/// The quiet tenant asks `samples` times, once in `quiet_every` of the times that a request takes; the other floods.
+fn compare(name: &str, cost: Cost, quiet_every: f64, samples: f64, flood: Flood) -> Compared {
     let limits = Limits {
         max_sequences: 32,
         max_waiting: 512,
@@ -179,26 +196,34 @@ fn compare(name: &str, cost: Cost, quiet_every: f64, samples: f64, flood: Flood)
         .copied()
         .chain(flooding.into_iter().map(flood))
         .collect();
+    let half = play(cost.twice(), limits, quiet.clone(), until_ms, false);
     let alone = play(cost, limits, quiet, until_ms, false);
     let beside = play(cost, limits, both.clone(), until_ms, false);
     let in_order = play(cost, limits, both, until_ms, true);
-    let ratio = beside.percentile(0.99) / alone.percentile(0.99);
-    let throughput = beside.tokens_per_s / in_order.tokens_per_s;
+    let p99 = |outcome: &Outcome| outcome.percentile(0.99);
+    let compared = Compared {
+        alone: p99(&beside) / p99(&alone),
+        half: p99(&beside) / p99(&half),
+        throughput: beside.tokens_per_s / in_order.tokens_per_s,
+    };
     println!(
-        "{name}, one in {quiet_every}: first token p50 {:.0} → {:.0} ms, p99 {:.0} → {:.0} ms ({ratio:.3}) of {}; throughput {:.1} of {:.1} tokens/s ({throughput:.3})",
+        "{name}, one in {quiet_every}: first token p50 {:.0} → {:.0} ms, p99 {:.0} → {:.0} ms ({:.3}; of half a machine's {:.3}) of {}; throughput {:.1} of {:.1} tokens/s ({:.3})",
         alone.percentile(0.5),
         beside.percentile(0.5),
-        alone.percentile(0.99),
-        beside.percentile(0.99),
+        p99(&alone),
+        p99(&beside),
+        compared.alone,
+        compared.half,
         beside.first_ms.len(),
         beside.tokens_per_s,
         in_order.tokens_per_s,
+        compared.throughput,
     );
     assert_eq!(
         beside.refused, 0,
         "there is always a place for the quiet one"
     );
-    (ratio, throughput)
+    compared
 }
 
 fn alike(arrival: Arrival) -> Arrival {
@@ -229,35 +254,38 @@ fn long_answers(arrival: Arrival) -> Arrival {
 
 #[test]
 fn a_flood_is_hardly_noticed_by_the_other_and_costs_little_throughput() {
-    let (ratio, throughput) = compare("small", SMALL, 10.0, 150.0, alike);
+    let seen = compare("small", SMALL, 10.0, 150.0, alike);
     assert!(
-        ratio <= 1.2,
-        "p99 of the first token is {ratio} times that of being alone"
+        seen.alone <= 1.2,
+        "p99 of the first token is {} times that of being alone",
+        seen.alone
     );
     assert!(
-        throughput >= 0.95,
-        "{throughput} of first-come-first-served"
+        seen.throughput >= 0.95,
+        "{} of first-come-first-served",
+        seen.throughput
     );
 }
 
+/// Who asks once in six requests' time exceeds his share for seconds, by his own bursts; beside a flood these last longer, and no
+/// longer than on a machine that is his share. With longer pauses nothing is noticed.
 #[test]
 #[ignore = "hours of simulated time take minutes"]
 fn floods_of_every_kind_beside_every_load() {
-    let mut worst = (0.0f64, f64::MAX);
+    let kinds: [(&str, Flood); 4] = [
+        ("alike", alike),
+        ("longest", longest),
+        ("prompts", prompts_only),
+        ("answers", long_answers),
+    ];
     for (name, cost) in [("small", SMALL), ("1B", ONE_B)] {
         for quiet_every in [40.0, 10.0, 6.0] {
-            let kinds: [(&str, Flood); 4] = [
-                ("alike", alike),
-                ("longest", longest),
-                ("prompts", prompts_only),
-                ("answers", long_answers),
-            ];
             for (kind, flood) in kinds {
                 let name = format!("{name}, {kind}");
-                let (ratio, throughput) = compare(&name, cost, quiet_every, 300.0, flood);
-                worst = (worst.0.max(ratio), worst.1.min(throughput));
+                let seen = compare(&name, cost, quiet_every, 300.0, flood);
+                assert!(quiet_every < 10.0 || seen.alone <= 1.2);
+                assert!(seen.half <= 1.0 && seen.throughput >= 0.95);
             }
         }
     }
-    assert!(worst.0 <= 1.2 && worst.1 >= 0.95, "{worst:?}");
 }
