@@ -120,6 +120,16 @@ impl Fair {
         });
     }
 
+    /// The machine was idle: nobody owes anybody. Without this, who asks now and then would have to make up for all that he got
+    /// while others had nothing to do. Counters of flows that have work must not be forgotten, so there may be none.
+    pub fn settle(&mut self) {
+        debug_assert!(self.backlogged.is_empty(), "somebody has work");
+        for account in &mut self.accounts {
+            account.counter = 0;
+        }
+        self.virtual_time = 0;
+    }
+
     pub fn weight(&self, flow: FlowId) -> u64 {
         self.accounts[flow].weight as u64
     }

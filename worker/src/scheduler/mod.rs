@@ -215,6 +215,9 @@ impl Scheduler {
                 .retry_after_s(waiting, (1u64 << 16).div_ceil(share as u64));
             return Err(Refused::Full { retry_after_s });
         }
+        if self.sequences.is_empty() {
+            self.tenants.fair.settle();
+        }
         self.deadlines.extend(deadline_ms.map(|at| (at, id)));
         let owner = self.tenants.all[number].owner;
         let sequence = Sequence {

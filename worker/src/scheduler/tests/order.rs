@@ -108,6 +108,31 @@ fn who_gave_way_goes_on_where_he_was() {
 }
 
 #[test]
+fn what_somebody_got_while_nobody_else_asked_is_not_held_against_him() {
+    let mut s = Scheduler::new(Limits {
+        blocks: 64,
+        max_waiting: 200,
+        ..limits()
+    });
+    // The flooder was here first, and then the quiet one alone, again and again.
+    for (of, id) in [2].into_iter().chain([1; 60]).zip(1..) {
+        submit(&mut s, id, tenant(of), own(id, 30)).unwrap();
+        while s.running() + s.waiting() > 0 {
+            let planned = step(&mut s, 0);
+            ends(&mut s, &planned, 32);
+        }
+    }
+    for id in 100..180 {
+        submit(&mut s, id, tenant(2), own(id, 30)).unwrap();
+    }
+    step(&mut s, 0);
+    step(&mut s, 0);
+    submit(&mut s, 200, tenant(1), own(200, 20)).unwrap();
+    let first = step(&mut s, 0);
+    assert!(first.owners.contains(&SequenceId(200)));
+}
+
+#[test]
 fn interactive_requests_go_first_and_background_does_not_starve() {
     let mut s = Scheduler::new(Limits {
         blocks: 64,
