@@ -13,7 +13,7 @@ use std::collections::HashMap;
 
 use crate::engine::Drafter;
 use crate::scheduler::SequenceId;
-use lookup::{Guess, History};
+use lookup::{Guess, History, MAX_DRAFTS};
 use odds::Trust;
 use payoff::{Offer, Payoff};
 
@@ -30,6 +30,9 @@ struct Sequence {
     /// How it was thought to go on from where it is now.
     guess: Option<Guess>,
     trust: Trust,
+    /// Most drafts of a step. Begins at one, grows with tokens that were guessed right and is halved by one that was not: that
+    /// others quoted says little of a sequence that has just begun.
+    reach: usize,
 }
 
 impl Speculation {
@@ -48,6 +51,7 @@ impl Drafter for Speculation {
             history: History::new(prompt),
             guess: None,
             trust: Trust::default(),
+            reach: 1,
         };
         self.sequences.insert(id, sequence);
     }
@@ -60,7 +64,7 @@ impl Drafter for Speculation {
                 sequence.guess = sequence.history.guess();
                 if let Some(guess) = &sequence.guess {
                     offer = Offer {
-                        tokens: guess.tokens.len(),
+                        tokens: guess.tokens.len().min(sequence.reach),
                         matched: guess.matched,
                         trust: sequence.trust,
                     };
@@ -93,6 +97,10 @@ impl Drafter for Speculation {
                 let right = token == guessed;
                 self.payoff
                     .saw(guess.matched + i, &mut sequence.trust, right);
+                sequence.reach = match right {
+                    true => (sequence.reach + 1).min(MAX_DRAFTS),
+                    false => (sequence.reach / 2).max(1),
+                };
                 if !right {
                     break;
                 }

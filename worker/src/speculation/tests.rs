@@ -2,9 +2,12 @@
 
 use proptest::prelude::*;
 
+use super::Speculation;
 use super::lookup::{Guess, History, LONGEST_MATCH, MAX_DRAFTS};
 use super::odds::Trust;
 use super::payoff::{Offer, Payoff};
+use crate::engine::Drafter;
+use crate::scheduler::SequenceId;
 
 /// Tokens in which the ends of `a` and `b` agree.
 fn common_end(a: &[u32], b: &[u32]) -> usize {
@@ -226,6 +229,32 @@ fn it_speeds_up_where_rows_are_cheap_and_guesses_right() {
     let knee = World::new(1, KNEE, 0.9, 0.9).run(2000);
     assert!(knee.speedup > 3.5, "{knee:?}");
     assert!(knee.drafts_per_step < 7.5, "{knee:?}");
+}
+
+#[test]
+fn a_sequence_earns_its_reach() {
+    let mut speculation = Speculation::new(64);
+    let id = SequenceId(1);
+    let text: Vec<u32> = (0..60).collect();
+    // It quotes the text, all but the fortieth token, beside steps in which rows cost nothing.
+    let answer = |i: usize| if i == 40 { 99 } else { text[i] };
+    speculation.begin(id, &[&text[..], &text[..3]].concat());
+    let (mut at, mut lengths) = (3, Vec::new());
+    while at < 50 {
+        speculation.stepped(1, 0.04);
+        speculation.stepped(13, 0.04);
+        let drafts = speculation
+            .draft(&[id])
+            .pop()
+            .map_or(Vec::new(), |(_, d)| d);
+        let right = (0..drafts.len()).take_while(|&i| drafts[i] == answer(at + i));
+        let taken: Vec<u32> = (at..=at + right.count()).map(answer).collect();
+        speculation.took(id, &taken, &drafts);
+        lengths.push(drafts.len());
+        at += taken.len();
+    }
+    assert!(lengths[..2].iter().all(|&l| l <= 1), "{lengths:?}");
+    assert!(lengths.iter().any(|&l| l >= 6), "{lengths:?}");
 }
 
 #[test]
