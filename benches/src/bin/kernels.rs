@@ -1,18 +1,18 @@
 //! Microbenchmark of the kernels against this machine's measured floors.
 //!
-//! `kernels [THREADS]` prints, for the matrix shapes of SmolLM2 and of Llama 3.2 1B in each format: how fast one row is
-//! multiplied (decode: bytes of weights a second, and the share of the measured reading speed), and how fast 8 and 512 rows
-//! are (several answers at once, prefill: operations a second, and the share of the measured 8-bit peak). Matrices for decode
-//! are as many as exceed the caches, except SmolLM2's, whose whole model fits in them.
+//! `kernels [THREADS] [PART OF A NAME]` prints, for the matrix shapes of SmolLM2 and of Llama 3.2 1B in each format: how fast one row
+//! is multiplied (decode: bytes of weights a second, and the share of the measured reading speed), and how fast several (answers at
+//! once) and 512 are (prefill: operations a second, and the share of the measured 8-bit peak). Matrices for all but prefill are as many
+//! as exceed the caches, except SmolLM2's, whose whole model fits in them.
 
 use std::time::Instant;
 
 use kernels::{BLOCK_TOKENS, Cpu, Device, Format, Isa, KvFormat, SeqSpan, WeightRows, measure};
 
 const PREFILL_ROWS: usize = 512;
-const FEW_ROWS: usize = 8;
+const FEW_ROWS: [usize; 5] = [2, 4, 8, 16, 64];
 /// Seconds that each measurement may take.
-const BUDGET_S: f64 = 0.5;
+const BUDGET_S: f64 = 0.3;
 /// Weights that are cycled through in decode.
 const DECODE_BYTES: usize = 128 << 20;
 
@@ -21,6 +21,7 @@ fn main() {
         .nth(1)
         .and_then(|a| a.parse().ok())
         .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
+    let part = std::env::args().nth(2).unwrap_or_default();
     let cpu = Cpu::new(threads, Isa::detect());
     let (read, peak) = (
         measure::read_bandwidth(threads),
@@ -32,10 +33,14 @@ fn main() {
         read / 1e9,
         peak / 1e9
     );
-    println!(
-        "{:<24} {:>6} {:>12} {:>7} {:>12} {:>7} {:>12} {:>7}",
-        "shape", "format", "decode GB/s", "share", "8 rows GOPS", "share", "512 rows", "share"
+    print!(
+        "{:<30} {:>12} {:>6}",
+        "shape, format", "decode GB/s", "share"
     );
+    for rows in FEW_ROWS {
+        print!(" {:>7}", format!("{rows} rows"));
+    }
+    println!(" {:>14} {:>6}", "512 rows, GOPS", "share");
     let smol = [Format::Q4_1, Format::Q8_0, Format::F16];
     let large = [
         Format::Q4_0,
@@ -49,11 +54,18 @@ fn main() {
         Format::BF16,
         Format::F32,
     ];
-    let shapes: [(&str, usize, usize, &[Format], usize); 5] = [
+    let shapes: [(&str, usize, usize, &[Format], usize); 6] = [
         ("SmolLM2 576x576", 576, 576, &smol, 0),
         ("SmolLM2 gate 1536x576", 1536, 576, &smol, 0),
         ("SmolLM2 down 576x1536", 576, 1536, &smol, 0),
         ("1B gate 8192x2048", 8192, 2048, &large, DECODE_BYTES),
+        (
+            "1B output 2048x2048",
+            2048,
+            2048,
+            &[Format::Q4_0, Format::Q4_K],
+            DECODE_BYTES,
+        ),
         (
             "1B down 2048x8192",
             2048,
@@ -64,20 +76,29 @@ fn main() {
     ];
     for (name, rows, cols, formats, bytes) in shapes {
         for &format in formats {
-            let (decode, few, prefill) = matmul(&cpu, format, rows, cols, bytes);
+            let name = format!("{name} {format:?}");
+            if !name.contains(&part) {
+                continue;
+            }
+            let rates = matmul(&cpu, format, rows, cols, bytes);
+            print!(
+                "{name:<30} {:>12.2} {:>5.0}%",
+                rates.decode / 1e9,
+                100.0 * rates.decode / read
+            );
+            for few in rates.few {
+                print!(" {:>7.0}", few / 1e9);
+            }
             println!(
-                "{name:<24} {:>6} {:>12.2} {:>6.0}% {:>12.0} {:>6.0}% {:>12.0} {:>6.0}%",
-                format!("{format:?}"),
-                decode / 1e9,
-                100.0 * decode / read,
-                few / 1e9,
-                100.0 * few / peak,
-                prefill / 1e9,
-                100.0 * prefill / peak
+                " {:>14.0} {:>5.0}%",
+                rates.prefill / 1e9,
+                100.0 * rates.prefill / peak
             );
         }
     }
-    attention(&cpu);
+    if "attention".contains(&part) {
+        attention(&cpu);
+    }
 }
 
 /// Calls `f` until the budget is used up; the best time of one call.
@@ -91,8 +112,16 @@ fn best(mut f: impl FnMut()) -> f64 {
     best
 }
 
-/// Bytes a second with one row, operations a second with [`FEW_ROWS`] and with [`PREFILL_ROWS`].
-fn matmul(cpu: &Cpu, format: Format, rows: usize, cols: usize, bytes: usize) -> (f64, f64, f64) {
+struct Rates {
+    /// Bytes of weights a second, with one row.
+    decode: f64,
+    /// Operations a second with [`FEW_ROWS`].
+    few: [f64; FEW_ROWS.len()],
+    /// The same with [`PREFILL_ROWS`].
+    prefill: f64,
+}
+
+fn matmul(cpu: &Cpu, format: Format, rows: usize, cols: usize, bytes: usize) -> Rates {
     // Zero scales and codes: no kernel's speed depends on the values.
     let data = vec![0u8; rows * format.row_bytes(cols)];
     let copies = bytes.div_ceil(data.len()).max(1);
@@ -113,14 +142,15 @@ fn matmul(cpu: &Cpu, format: Format, rows: usize, cols: usize, bytes: usize) -> 
                 .for_each(|w| cpu.matmul(&[w], &x, count, &mut [&mut out]))
         })
     };
-    let (decode, few) = (all(1), all(FEW_ROWS));
+    let decode = all(1);
+    let few = FEW_ROWS.map(|count| (2 * rows * cols * count * copies) as f64 / all(count));
     let prefill = best(|| cpu.matmul(&[&packed[0]], &x, PREFILL_ROWS, &mut [&mut out]));
     let weights: usize = packed.iter().map(|w| cpu.matrix_bytes(w)).sum();
-    (
-        weights as f64 / decode,
-        (2 * rows * cols * FEW_ROWS * copies) as f64 / few,
-        (2 * rows * cols * PREFILL_ROWS) as f64 / prefill,
-    )
+    Rates {
+        decode: weights as f64 / decode,
+        few,
+        prefill: (2 * rows * cols * PREFILL_ROWS) as f64 / prefill,
+    }
 }
 
 fn attention(cpu: &Cpu) {
