@@ -256,10 +256,18 @@ pub trait Device: Send + Sync + 'static {
     /// up). Quantised weights meet activations of 8 bits with a scale per 32; F32, F16 and BF16 ones are computed in f32. A
     /// value that is not finite makes its row's results NaN.
     fn matmul(&self, w: &[&Self::Matrix], x: &Self::Buf, rows: usize, out: &mut [&mut Self::Buf]);
-    /// `sum[rows, w[i].rows] = Σᵢ to_grid(xᵢ · w[i]ᵀ)`: one rank's part of a product whose columns are divided between ranks. The
-    /// parts' columns lie side by side in `x[rows, Σ w[i].cols]`. Each part is rounded by [`to_grid`] and added in order, so that the
-    /// sum over all parts of all ranks has the same bits however the parts are dealt out. No part gives zeros.
-    fn matmul_sum(&self, w: &[&Self::Matrix], x: &Self::Buf, rows: usize, sum: &mut [f64]);
+    /// `sum[rows, w.rows] = Σᵢ to_grid(xᵢ · wᵢᵀ)` over the parts that `w`'s columns, and those of `x[rows, w.cols]`, are cut into: one
+    /// rank's part of a product whose columns are divided between ranks. Each part is rounded by [`to_grid`] and added in order, so that
+    /// the sum over all parts of all ranks has the same bits however the parts are dealt out. `ends` says behind which column each part
+    /// ends: ascending, between blocks of 32 where `w` is quantised, the last one `w.cols`.
+    fn matmul_sum(
+        &self,
+        w: &Self::Matrix,
+        ends: &[usize],
+        x: &Self::Buf,
+        rows: usize,
+        sum: &mut [f64],
+    );
     /// `out[first_row + i] = table[ids[i]]`; an id outside the table (another rank's part of the vocabulary) gives zeros.
     fn embed(&self, table: &Self::Matrix, ids: &[u32], out: &mut Self::Buf, first_row: usize);
     /// `out = x / sqrt(mean(x²) + eps) * weight`, row by row; the width is `weight`'s length.

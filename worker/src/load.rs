@@ -35,13 +35,20 @@ pub struct Layer<D: Device> {
     pub key: D::Matrix,
     pub value: D::Matrix,
     /// The output projection's columns, cut at each KV group.
-    pub attention_output: Vec<D::Matrix>,
+    pub attention_output: Option<InParts<D>>,
     pub ffn_norm: D::Buf,
     /// This rank's feed-forward columns' rows.
     pub gate: D::Matrix,
     pub up: D::Matrix,
     /// The down projection's columns, cut into the plan's segments.
-    pub down: Vec<D::Matrix>,
+    pub down: Option<InParts<D>>,
+}
+
+/// Columns that a rank has of a matrix whose products are summed over ranks.
+pub struct InParts<D: Device> {
+    pub matrix: D::Matrix,
+    /// Behind which column each canonical part ends.
+    pub ends: Vec<usize>,
 }
 
 /// A rank's part of the model. Matrices of the vocabulary are absent where a rank has none of its rows.
@@ -140,12 +147,11 @@ impl<D: Device> Loader<'_, D> {
             query: self.matrix(weight(LayerWeight::Query), queries, whole.clone())?,
             key: self.matrix(weight(LayerWeight::Key), keys.clone(), whole.clone())?,
             value: self.matrix(weight(LayerWeight::Value), keys, whole.clone())?,
-            attention_output: attention_parts(config, shard)
-                .into_iter()
-                .map(|columns| {
-                    self.matrix(weight(LayerWeight::AttentionOutput), whole.clone(), columns)
-                })
-                .collect::<Result<_, _>>()?,
+            attention_output: self.in_parts(
+                weight(LayerWeight::AttentionOutput),
+                whole.clone(),
+                &attention_parts(config, shard),
+            )?,
             ffn_norm: self.vector(weight(LayerWeight::FfnNorm))?,
             gate: self.matrix(
                 weight(LayerWeight::Gate),
@@ -157,10 +163,11 @@ impl<D: Device> Loader<'_, D> {
                 shard.ffn_columns.clone(),
                 whole.clone(),
             )?,
-            down: plan
-                .segments(shard)
-                .map(|columns| self.matrix(weight(LayerWeight::Down), whole.clone(), columns))
-                .collect::<Result<_, _>>()?,
+            down: self.in_parts(
+                weight(LayerWeight::Down),
+                whole.clone(),
+                &plan.segments(shard).collect::<Vec<_>>(),
+            )?,
         };
         // What is packed need not stay in memory twice.
         for part in file::LAYER_WEIGHTS {
@@ -177,6 +184,23 @@ impl<D: Device> Loader<'_, D> {
         self.mapped_bytes += tensor.data().len() as u64;
         self.weight_bytes += size_of_val(values.as_slice()) as u64;
         Ok(buffer)
+    }
+
+    /// The columns of `parts`, which follow one another; `None` where there are none.
+    fn in_parts(
+        &mut self,
+        weight: Weight,
+        rows: Range<usize>,
+        parts: &[Range<usize>],
+    ) -> Result<Option<InParts<D>>, Error> {
+        let (Some(first), Some(last)) = (parts.first(), parts.last()) else {
+            return Ok(None);
+        };
+        let start = first.start;
+        Ok(Some(InParts {
+            matrix: self.matrix(weight, rows, start..last.end)?,
+            ends: parts.iter().map(|part| part.end - start).collect(),
+        }))
     }
 
     fn matrix(

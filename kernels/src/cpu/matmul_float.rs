@@ -13,12 +13,11 @@ const PART: usize = 32;
 
 /// As [`MultiplyInts`](super::matmul_int::MultiplyInts), with `x` as floats.
 pub(crate) struct MultiplyFloats<'a> {
-    pub parts: &'a [&'a Matrix],
+    pub w: &'a Matrix,
+    pub ends: &'a [usize],
     pub panels: std::ops::Range<usize>,
-    /// `[rows, stride]`
+    /// `[rows, w.cols]`
     pub x: *const f32,
-    /// Floats of a row: those of all parts together.
-    pub stride: usize,
     pub rows: usize,
     pub out: Output,
 }
@@ -27,12 +26,9 @@ impl Job for MultiplyFloats<'_> {
     type Out = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Some(first) = self.parts.first() else {
-            return;
-        };
         // SAFETY: passed on to whoever made the job.
         unsafe {
-            match first.format {
+            match self.w.format {
                 Format::F32 => self.run_as::<S, F32>(),
                 Format::F16 => self.run_as::<S, F16>(),
                 Format::BF16 => self.run_as::<S, Bf16>(),
@@ -45,7 +41,7 @@ impl Job for MultiplyFloats<'_> {
 impl MultiplyFloats<'_> {
     #[inline(always)]
     unsafe fn run_as<S: Simd, W: Element>(self) {
-        let rows_at_once = rows_at_once(4 * self.stride);
+        let rows_at_once = rows_at_once(4 * self.w.cols);
         let mut r = 0;
         // SAFETY: the panels lie within the matrix, the rows within `x` and `out`.
         unsafe {
@@ -101,12 +97,14 @@ impl MultiplyFloats<'_> {
     ) {
         // SAFETY: a panel holds `cols` vectors; the rows exist.
         unsafe {
-            let mut x = self.x.add(row * self.stride);
-            for (part, w) in self.parts.iter().enumerate() {
-                let sums = self.part::<S, W, P, R>(w, panel, x);
-                x = x.add(w.cols);
+            let x = self.x.add(row * self.w.cols);
+            let mut first = 0;
+            for (part, &end) in self.ends.iter().enumerate() {
+                let sums = self.part::<S, W, P, R>(panel, x, first..end);
+                first = end;
                 for p in 0..P {
-                    self.out.put::<S, R>(&sums[p], w, panel + p, row, part == 0);
+                    self.out
+                        .put::<S, R>(&sums[p], self.w, panel + p, row, part == 0);
                 }
             }
         }
@@ -116,24 +114,25 @@ impl MultiplyFloats<'_> {
     #[inline(always)]
     unsafe fn part<S: Simd, W: Element, const P: usize, const R: usize>(
         &self,
-        w: &Matrix,
         panel: usize,
         x: *const f32,
+        columns: std::ops::Range<usize>,
     ) -> [[S::F; R]; P] {
+        let w = self.w;
         // SAFETY: passed on to the caller.
         unsafe {
             let data = w.data.as_ptr().add(panel * w.panel_bytes);
             let mut sums = [[S::splat(0.0); R]; P];
-            let mut k = 0;
-            while k < w.cols {
-                let end = (k + PART).min(w.cols);
+            let mut k = columns.start;
+            while k < columns.end {
+                let end = (k + PART).min(columns.end);
                 let mut part = [[S::splat(0.0); R]; P];
                 while k < end {
                     for p in 0..P {
                         let at = p * w.panel_bytes + k * S::LANES * W::BYTES;
                         let weights = W::load::<S>(data.add(at));
                         for r in 0..R {
-                            let x = S::splat(*x.add(r * self.stride + k));
+                            let x = S::splat(*x.add(r * w.cols + k));
                             part[p][r] = S::fma(weights, x, part[p][r]);
                         }
                     }

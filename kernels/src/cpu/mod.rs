@@ -129,14 +129,15 @@ impl Cpu {
         });
     }
 
-    /// Multiplies `x` by `panels` of `parts`, whose columns lie side by side in it.
+    /// Multiplies `x` by `panels` of `w`, whose columns come in parts that end behind those of `ends`.
     ///
     /// # Safety
-    /// The parts have one format and height, these panels, and the input's columns; the input was made for their format, `out` has room,
-    /// and nobody else writes these panels' columns of it.
+    /// The matrix has these panels and the input's columns, the last of which ends the last part; the input was made for its format,
+    /// `out` has room, and nobody else writes these panels' columns of it.
     unsafe fn multiply(
         &self,
-        parts: &[&Matrix],
+        w: &Matrix,
+        ends: &[usize],
         panels: std::ops::Range<usize>,
         x: &Input<'_>,
         out: Output,
@@ -146,9 +147,10 @@ impl Cpu {
         }
         // SAFETY: passed on to the caller.
         unsafe {
-            if parts.iter().any(|w| w.format.is_quantised()) {
+            if w.format.is_quantised() {
                 MultiplyInts {
-                    parts,
+                    w,
+                    ends,
                     panels,
                     x: x.blocks.as_ptr(),
                     stride: x.cols / BLOCK,
@@ -159,10 +161,10 @@ impl Cpu {
                 .run(self.isa);
             } else {
                 self.run(MultiplyFloats {
-                    parts,
+                    w,
+                    ends,
                     panels,
                     x: x.floats.as_ptr(),
-                    stride: x.cols,
                     rows: x.rows,
                     out,
                 });
@@ -309,45 +311,39 @@ impl Device for Cpu {
                     let to = task.end.clamp(before, end) - before;
                     before = end;
                     // SAFETY: lengths were asserted; tasks write different panels, that is, different columns of `out`.
-                    unsafe { self.multiply(&[*w], from..to, input, Output::Floats(out.get())) };
+                    unsafe {
+                        self.multiply(w, &[cols], from..to, input, Output::Floats(out.get()))
+                    };
                 }
             });
         });
     }
 
-    fn matmul_sum(&self, w: &[&Matrix], x: &Vec<f32>, rows: usize, sum: &mut [f64]) {
-        let Some(first) = w.first() else {
-            return sum.fill(0.0);
-        };
-        let width: usize = w.iter().map(|w| w.cols).sum();
+    fn matmul_sum(&self, w: &Matrix, ends: &[usize], x: &Vec<f32>, rows: usize, sum: &mut [f64]) {
         assert!(
-            x.len() >= rows * width,
-            "x has {} floats, {rows} rows of {width} are read",
-            x.len()
+            x.len() >= rows * w.cols,
+            "x has {} floats, {rows} rows of {} are read",
+            x.len(),
+            w.cols
         );
-        assert_eq!(
-            sum.len(),
-            rows * first.rows,
-            "a sum of {} columns",
-            first.rows
+        assert_eq!(sum.len(), rows * w.rows, "a sum of {} columns", w.rows);
+        assert_eq!(w.lanes, simd::lanes(self.isa), "packed by another device");
+        let block = if w.format.is_quantised() { BLOCK } else { 1 };
+        assert!(
+            ends.is_sorted()
+                && ends.last() == Some(&w.cols)
+                && ends.iter().all(|end| end.is_multiple_of(block)),
+            "parts of {} columns end at {ends:?}",
+            w.cols
         );
-        for w in w {
-            // Of one format: so a quantised part begins between blocks.
-            assert_eq!(
-                (w.rows, w.format),
-                (first.rows, first.format),
-                "parts of one matrix"
-            );
-            assert_eq!(w.lanes, simd::lanes(self.isa), "packed by another device");
-        }
-        let panels = first.panels();
+        let panels = w.panels();
         let to = Shared(sum.as_mut_ptr());
-        self.with_input(w, x, rows, width, |input| {
-            let tasks = self.tasks(panels, first.lanes * width * rows);
+        self.with_input(&[w], x, rows, w.cols, |input| {
+            let tasks = self.tasks(panels, w.lanes * w.cols * rows);
             self.pool.run(tasks, &|i| {
                 let task = part(panels, tasks, i);
-                // SAFETY: shapes and formats were asserted; tasks write different panels, that is, different columns of `sum`.
-                unsafe { self.multiply(w, task, input, Output::Grid(to.get())) };
+                // SAFETY: shapes were asserted; tasks write different panels, that is, different columns of `sum`.
+                unsafe { self.multiply(w, ends, task, input, Output::Grid(to.get())) };
             });
         });
     }

@@ -11,7 +11,7 @@ use super::candidates::{self, Part};
 use super::{Error, StepBatch};
 use crate::collective::Collective;
 use crate::file::{ModelConfig, ModelFile};
-use crate::load::{self, ShardNumbers, Weights};
+use crate::load::{self, InParts, ShardNumbers, Weights};
 use crate::plan::{Shard, ShardPlan};
 
 /// Fewest rows that go in two halves: below, reading the weights twice costs more than waiting once.
@@ -211,8 +211,8 @@ impl<D: Device> Model<D> {
             &part.spans,
             &mut room.attended,
         );
-        let output: Vec<&D::Matrix> = layer.attention_output.iter().collect();
-        device.matmul_sum(&output, &room.attended, rows, &mut room.sum);
+        let output = layer.attention_output.as_ref();
+        sum_parts(device, output, &room.attended, rows, &mut room.sum);
     }
 
     /// `sum = (silu(norm(x) · gate) * norm(x) · up) · down`, this rank's columns' part of it.
@@ -228,8 +228,7 @@ impl<D: Device> Model<D> {
             &mut [&mut room.gate, &mut room.up],
         );
         device.silu_gate(&mut room.gate, &room.up, rows * shard.ffn_columns.len());
-        let down: Vec<&D::Matrix> = layer.down.iter().collect();
-        device.matmul_sum(&down, &room.gate, rows, &mut room.sum);
+        sum_parts(device, layer.down.as_ref(), &room.gate, rows, &mut room.sum);
     }
 
     /// Adds all ranks' sums to the residual stream, now or in [`Model::settle`].
@@ -373,6 +372,20 @@ impl<'a> Rows<'a> {
             slots: &batch.slots[rows.clone()],
             spans: spans.collect(),
         }
+    }
+}
+
+/// This rank's share of a product that is summed over ranks: zeros where it has no columns.
+fn sum_parts<D: Device>(
+    device: &D,
+    w: Option<&InParts<D>>,
+    x: &D::Buf,
+    rows: usize,
+    sum: &mut [f64],
+) {
+    match w {
+        Some(w) => device.matmul_sum(&w.matrix, &w.ends, x, rows, sum),
+        None => sum.fill(0.0),
     }
 }
 

@@ -61,8 +61,15 @@ impl Device for ExactKv {
     ) {
         self.0.rms_norm(x, weight, rows, eps, out);
     }
-    fn matmul_sum(&self, w: &[&Self::Matrix], x: &Self::Buf, rows: usize, sum: &mut [f64]) {
-        self.0.matmul_sum(w, x, rows, sum);
+    fn matmul_sum(
+        &self,
+        w: &Self::Matrix,
+        ends: &[usize],
+        x: &Self::Buf,
+        rows: usize,
+        sum: &mut [f64],
+    ) {
+        self.0.matmul_sum(w, ends, x, rows, sum);
     }
     fn add_sum(&self, x: &mut Self::Buf, sum: &[f64]) {
         self.0.add_sum(x, sum);

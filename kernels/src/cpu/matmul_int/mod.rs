@@ -50,12 +50,13 @@ pub(crate) enum Output {
 
 /// `out[r * w.rows + n]` for the weight rows of `panels` and the first `rows` rows of `x`.
 pub(crate) struct MultiplyInts<'a> {
-    /// Matrices of one format and height, whose columns lie side by side in `x`: one, or several for [`Output::Grid`].
-    pub parts: &'a [&'a Matrix],
+    pub w: &'a Matrix,
+    /// Behind which column each part of the matrix ends: one, or several for [`Output::Grid`].
+    pub ends: &'a [usize],
     pub panels: std::ops::Range<usize>,
     /// `[rows, stride]`
     pub x: *const XBlock,
-    /// Blocks of a row: those of all parts together.
+    /// Blocks of a row.
     pub stride: usize,
     pub rows: usize,
     /// Whether `x` is [biased](super::activations::BIAS), as strips want it.
@@ -79,16 +80,13 @@ impl MultiplyInts<'_> {
     /// # Safety
     /// The processor has `isa`; panels, rows and `out` are valid as the fields say.
     pub(crate) unsafe fn run(self, isa: Isa) {
-        let Some(first) = self.parts.first() else {
-            return;
-        };
         macro_rules! run {
             ($codes:ty) => {
                 // SAFETY: passed on to the caller.
                 unsafe { dispatch(isa, Multiply::<$codes>(self, PhantomData)) }
             };
         }
-        match first.format {
+        match self.w.format {
             Format::Q8_0 => run!(Q8_0),
             Format::Q4_0 => run!(Q4_0),
             Format::Q4_1 => run!(Q4_1),
@@ -175,17 +173,17 @@ impl MultiplyInts<'_> {
     ) {
         // SAFETY: the caller's rows and panels exist; a panel's codes and scales have the sizes of its format.
         unsafe {
-            let mut x = self.x.add(row * self.stride);
-            for (part, w) in self.parts.iter().enumerate() {
-                let panels: [_; P] = std::array::from_fn(|i| panel_of(w, panel + i));
-                let blocks = w.cols / BLOCK;
+            let x = self.x.add(row * self.stride);
+            let panels: [_; P] = std::array::from_fn(|i| panel_of(self.w, panel + i));
+            let mut first = 0;
+            for (part, end) in self.ends.iter().map(|end| end / BLOCK).enumerate() {
                 let mut sums = [[S::splat(0.0); R]; P];
-                for b in 0..blocks {
+                for b in first..end {
                     let at = b * code_bytes(C::FORMAT) * S::LANES;
                     let codes = panels.map(|(codes, _)| codes.add(at));
                     if R <= 4 {
                         for (codes, _) in panels {
-                            ask_for::<S, C, P>(w, codes, b);
+                            ask_for::<S, C, P>(self.w, codes, b);
                         }
                     }
                     let mut scales = [(S::splat(0.0), S::splat(0.0)); P];
@@ -194,9 +192,10 @@ impl MultiplyInts<'_> {
                     }
                     block::<S, C, P, R>(codes, scales, x.add(b), self.stride, &mut sums);
                 }
-                x = x.add(blocks);
+                first = end;
                 for (i, sums) in sums.iter().enumerate() {
-                    self.out.put::<S, R>(sums, w, panel + i, row, part == 0);
+                    self.out
+                        .put::<S, R>(sums, self.w, panel + i, row, part == 0);
                 }
             }
         }

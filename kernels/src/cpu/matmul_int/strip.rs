@@ -106,34 +106,40 @@ impl MultiplyInts<'_> {
         rows: std::ops::Range<usize>,
         room: &mut Room,
     ) {
-        let mut x = self.x;
-        for (part, w) in self.parts.iter().enumerate() {
-            let blocks = w.cols / BLOCK;
-            for first in (0..blocks).step_by(PIECE_BLOCKS) {
-                let count = PIECE_BLOCKS.min(blocks - first);
-                // SAFETY: the piece lies within the part, `x`'s rows hold all parts' blocks, and the room is for as many.
+        let blocks = self.w.cols / BLOCK;
+        let (mut part, mut begins) = (0, true);
+        for piece_start in (0..blocks).step_by(PIECE_BLOCKS) {
+            let piece_end = (piece_start + PIECE_BLOCKS).min(blocks);
+            for i in 0..P {
+                // SAFETY: the panel has these blocks, and the room is for as many.
                 unsafe {
-                    for i in 0..P {
-                        unpack::<S, C, P>(w, p + i, i, first..first + count, &mut room.piece);
-                    }
-                    let piece = room.piece.as_ptr().cast::<u8>();
-                    for (r, kept) in rows.clone().zip(room.sums.chunks_exact_mut(P * S::LANES)) {
-                        let x = x.add(r * self.stride + first);
-                        row::<S, C, P>(piece, x, self.stride, count, first == 0, kept);
-                    }
-                }
+                    unpack::<S, C, P>(self.w, p + i, i, piece_start..piece_end, &mut room.piece)
+                };
             }
-            for (r, sums) in rows.clone().zip(room.sums.chunks_exact(P * S::LANES)) {
-                for (i, sum) in sums.chunks_exact(S::LANES).enumerate() {
-                    // SAFETY: a whole vector; rows and panels are the caller's.
+            // What of each part lies in this piece.
+            let mut first = piece_start;
+            while first < piece_end {
+                let part_end = self.ends.get(part).map_or(blocks, |end| end / BLOCK);
+                let end = part_end.min(piece_end);
+                for (r, kept) in rows.clone().zip(room.sums.chunks_exact_mut(P * S::LANES)) {
+                    // SAFETY: the blocks lie within the piece and within `x`'s rows; rows and panels are the caller's.
                     unsafe {
-                        self.out
-                            .put::<S, 1>(&[S::load(sum.as_ptr())], w, p + i, r, part == 0)
-                    };
+                        let piece = room.piece.as_ptr().cast::<u8>();
+                        let piece = piece.add((first - piece_start) * block_bytes::<S, C, P>());
+                        let x = self.x.add(r * self.stride + first);
+                        row::<S, C, P>(piece, x, self.stride, end - first, begins, kept);
+                        if end == part_end {
+                            for (i, sum) in kept.chunks_exact(S::LANES).enumerate() {
+                                let sum = [S::load(sum.as_ptr())];
+                                self.out.put::<S, 1>(&sum, self.w, p + i, r, part == 0);
+                            }
+                        }
+                    }
                 }
+                begins = end == part_end;
+                part += usize::from(begins);
+                first = end;
             }
-            // SAFETY: as above.
-            x = unsafe { x.add(blocks) };
         }
     }
 }
