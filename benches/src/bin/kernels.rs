@@ -54,11 +54,12 @@ fn main() {
         Format::BF16,
         Format::F32,
     ];
-    let shapes: [(&str, usize, usize, &[Format], usize); 6] = [
+    let shapes: [(&str, usize, usize, &[Format], usize); 7] = [
         ("SmolLM2 576x576", 576, 576, &smol, 0),
         ("SmolLM2 gate 1536x576", 1536, 576, &smol, 0),
         ("SmolLM2 down 576x1536", 576, 1536, &smol, 0),
         ("1B gate 8192x2048", 8192, 2048, &large, DECODE_BYTES),
+        ("1B key 512x2048", 512, 2048, &large, DECODE_BYTES),
         (
             "1B output 2048x2048",
             2048,

@@ -42,8 +42,10 @@ impl Job for Quantise {
             unsafe {
                 quantise::<S>(self.x.add(b * BLOCK), self.out.add(b));
                 if self.biased {
-                    let q = &mut (*self.out.add(b)).q;
-                    *q = q.map(|q| (q as u8 ^ BIAS) as i8);
+                    // Not by `map`, which is a call.
+                    for q in &mut (*self.out.add(b)).q {
+                        *q = (*q as u8 ^ BIAS) as i8;
+                    }
                 }
             }
         }
