@@ -21,7 +21,9 @@ pub fn init(section: &LogSection) -> Result<()> {
     })?;
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_ansi(false);
+        .with_ansi(false)
+        // It would tell standard error by a macro that panics when that cannot be written either: a full disk.
+        .log_internal_errors(false);
     let set = match (&section.file, section.format) {
         (Some(path), LogFormat::Json) => builder
             .json()

@@ -448,13 +448,35 @@ impl SmallDisk {
         self.0.path()
     }
 
-    /// Leaves nothing free.
+    /// Leaves nothing free, not even the rest of a log's last page.
     fn fill(&self) {
-        let mut file = std::fs::File::create(self.path().join("ballast")).expect("ballast");
         let zeros = vec![0; 1 << 20];
-        for part in [zeros.len(), 4096] {
-            while std::io::Write::write_all(&mut file, &zeros[..part]).is_ok() {}
+        let fill = |path: &Path| {
+            let mut file = std::fs::OpenOptions::new()
+                .create(true)
+                .append(true)
+                .open(path)
+                .expect("a file to fill");
+            for part in [zeros.len(), 4096, 1] {
+                while std::io::Write::write_all(&mut file, &zeros[..part]).is_ok() {}
+            }
+        };
+        fill(&self.path().join("ballast"));
+        let members = std::fs::read_dir(self.path()).expect("readable");
+        let logs = members
+            .flat_map(|member| {
+                ["log", "stderr"].map(|name| member.as_ref().expect("member").path().join(name))
+            })
+            .filter(|log| log.is_file());
+        let mut filled = 0;
+        for log in logs {
+            fill(&log);
+            filled += 1;
         }
+        assert!(
+            filled >= 4,
+            "the logs of two members or more lie here: {filled}"
+        );
     }
 
     fn empty(&self) {
