@@ -135,13 +135,18 @@ fn the_largest_products_are_summed_without_overflow() {
     let (rows, cols, heights) = (19, 512, 40);
     for isa in Isa::available() {
         let cpu = Cpu::new(1, isa);
-        for (format, zero) in [(Format::Q4_0, 8), (Format::Q5_0, 16), (Format::Q6_K, 32)] {
+        for (format, zero, factor) in [
+            (Format::Q4_0, 8, 1),
+            (Format::Q5_0, 16, 1),
+            (Format::Q6_K, 32, 1),
+            (Format::Q6_K, 32, i8::MIN),
+        ] {
             for (byte, code) in [(0, -zero), (0xff, zero - 1)] {
                 let mut data = vec![byte; heights * format.row_bytes(cols)];
                 for block in data.chunks_exact_mut(format.block_bytes()) {
                     let one = half::f16::ONE.to_le_bytes();
                     if format == Format::Q6_K {
-                        block[192..208].fill(1);
+                        block[192..208].fill(factor as u8);
                         block[208..].copy_from_slice(&one);
                     } else {
                         block[..2].copy_from_slice(&one);
@@ -149,7 +154,7 @@ fn the_largest_products_are_summed_without_overflow() {
                 }
                 let w = WeightRows::new(format, heights, cols, &data);
                 for x in [1.0, -1.0] {
-                    let exact = (code * cols as i32) as f32 * x;
+                    let exact = (code * i32::from(factor) * cols as i32) as f32 * x;
                     for out in multiply(&cpu, w, &vec![x; rows * cols], rows) {
                         let error = (out - exact).abs();
                         assert!(

@@ -6,7 +6,8 @@
 //! Codes of a quantised format, 32 columns at a time: vectors of four bytes a lane. Chunk `c` is columns `4c..4c + 4`.
 //! - low four bits: four vectors; vector `j` holds chunk `j` in its low nibbles and chunk `j + 4` in its high ones;
 //! - a fifth bit: one more vector; bit `c` of a byte belongs to chunk `c`;
-//! - a fifth and sixth: two more; vector `u`, bits `2i` and `2i + 1` belong to chunk `4u + i`;
+//! - six bits: three vectors for each sixteen columns; vector `j` of them holds chunk `j` in its low six bits, and in its high two
+//!   bits `2j` and `2j + 1` of chunk 3;
 //! - eight bits: eight vectors, one a chunk, signed.
 //!
 //! Scales are f16 as in the file, one a lane: `d` or `d, m` for each 32 columns; K-quants `d` or `d, dmin` and then their
@@ -270,15 +271,22 @@ fn codes_of(format: Format, block: &[u8], i: usize) -> [u8; BLOCK] {
 fn fold_codes(format: Format, q: &[u8; BLOCK]) -> [u32; 8] {
     let word = |c: usize| u32::from_le_bytes([q[4 * c], q[4 * c + 1], q[4 * c + 2], q[4 * c + 3]]);
     let mut words = [0u32; 8];
-    if code_bytes(format) == 32 {
-        return std::array::from_fn(word);
-    }
-    for c in 0..8 {
-        words[c % 4] |= (word(c) & 0x0f0f_0f0f) << (c / 4 * 4);
-        match code_bytes(format) {
-            20 => words[4] |= ((word(c) >> 4) & 0x0101_0101) << c,
-            24 => words[4 + c / 4] |= ((word(c) >> 4) & 0x0303_0303) << (c % 4 * 2),
-            _ => {}
+    match code_bytes(format) {
+        32 => words = std::array::from_fn(word),
+        24 => {
+            for (v, to) in words[..6].iter_mut().enumerate() {
+                let (half, j) = (v / 3, v % 3);
+                let high = word(4 * half + 3) >> (2 * j);
+                *to = (word(4 * half + j) & 0x3f3f_3f3f) | (high & 0x0303_0303) << 6;
+            }
+        }
+        bytes => {
+            for c in 0..8 {
+                words[c % 4] |= (word(c) & 0x0f0f_0f0f) << (c / 4 * 4);
+                if bytes == 20 {
+                    words[4] |= ((word(c) >> 4) & 0x0101_0101) << c;
+                }
+            }
         }
     }
     words
@@ -293,7 +301,8 @@ fn unpack_codes(format: Format, block: &[u8], lane: usize, lanes: usize) -> [u8;
         match code_bytes(format) {
             32 => byte(c, t),
             20 => low() | ((byte(4, t) >> c) & 1) << 4,
-            24 => low() | ((byte(4 + c / 4, t) >> (c % 4 * 2)) & 3) << 4,
+            24 if c % 4 < 3 => byte(c / 4 * 3 + c % 4, t) & 63,
+            24 => (0..3).fold(0, |q, j| q | (byte(c / 4 * 3 + j, t) >> 6) << (2 * j)),
             _ => low(),
         }
     })

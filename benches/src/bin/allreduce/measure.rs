@@ -418,10 +418,23 @@ fn dial(address: SocketAddr) -> Result<TcpStream> {
     }
 }
 
+/// So many polls without a byte, and the kernel's own threads get the cores: with real-time priority they starve otherwise.
+const STARVED_POLLS: u32 = 1 << 20;
+
 /// Sends and receives at once, busy polling.
 fn exchange(stream: &mut TcpStream, out: &[u8], back: &mut [u8]) -> Result<()> {
     let (mut sent, mut received) = (0, 0);
+    let (mut moved, mut polls) = (0, 0);
     while sent < out.len() || received < back.len() {
+        polls = if sent + received == moved {
+            polls + 1
+        } else {
+            0
+        };
+        moved = sent + received;
+        if polls > STARVED_POLLS {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         if sent < out.len() {
             match stream.write(&out[sent..]) {
                 Ok(n) => sent += n,

@@ -9,7 +9,7 @@ use std::marker::PhantomData;
 
 pub(crate) use strip::PANELS as STRIP_PANELS;
 
-use super::activations::XBlock;
+use super::activations::{XBlock, total};
 use super::bytes::LINE;
 use super::layout::{BLOCK, Matrix, code_bytes, scale_bytes};
 use super::simd::{Job, Simd, dispatch, has_strips};
@@ -187,10 +187,15 @@ impl MultiplyInts<'_> {
                         }
                     }
                     let mut scales = [(S::splat(0.0), S::splat(0.0)); P];
+                    let mut factors = [[S::splat_int(0); 2]; P];
                     for i in 0..P {
                         scales[i] = C::scales::<S>(panels[i].1, b);
+                        if C::HALVES {
+                            factors[i] = C::factors::<S>(panels[i].1, b);
+                        }
                     }
-                    block::<S, C, P, R>(codes, scales, x.add(b), self.stride, &mut sums);
+                    let x = x.add(b);
+                    block::<S, C, P, R>(codes, scales, factors, x, self.stride, &mut sums);
                 }
                 first = end;
                 for (i, sums) in sums.iter().enumerate() {
@@ -280,31 +285,14 @@ fn ask_for<S: Simd, C: Codes, const P: usize>(w: &Matrix, panel: *const u8, b: u
 unsafe fn block<S: Simd, C: Codes, const P: usize, const R: usize>(
     codes: [*const u8; P],
     scales: [(S::F, S::F); P],
+    factors: [[S::I; 2]; P],
     x: *const XBlock,
     stride: usize,
     sums: &mut [[S::F; R]; P],
 ) {
     // SAFETY: passed on to the caller.
     unsafe {
-        if C::HALVES {
-            let low = dots_half::<S, C, P, R, 0>(codes, x, stride);
-            let high = dots_half::<S, C, P, R, 1>(codes, x, stride);
-            for r in 0..R {
-                let x = &*x.add(r * stride);
-                let zero_low = S::shl_32::<5>(S::splat_int(x.negative_first));
-                let zero_high = S::splat_int(x.negative_sum - x.negative_first);
-                let zero_high = S::shl_32::<5>(zero_high);
-                let d = S::splat(x.d);
-                for p in 0..P {
-                    let low = S::int_to_float(S::add_32(low[p][r], zero_low));
-                    let high = S::int_to_float(S::add_32(high[p][r], zero_high));
-                    sums[p][r] = S::fma(S::mul(low, d), scales[p].0, sums[p][r]);
-                    sums[p][r] = S::fma(S::mul(high, d), scales[p].1, sums[p][r]);
-                }
-            }
-            return;
-        }
-        let ints = dots::<S, C, P, R>(codes, x, stride);
+        let ints = dots::<S, C, P, R>(codes, factors, x, stride);
         for r in 0..R {
             let x = &*x.add(r * stride);
             let (d, d_sum) = (S::splat(x.d), S::splat(x.d_sum));
@@ -322,8 +310,8 @@ unsafe fn block<S: Simd, C: Codes, const P: usize, const R: usize>(
 /// Word `c` of a row's 32 bytes, in every lane.
 #[inline(always)]
 unsafe fn x_chunk<S: Simd, const C: usize>(x: *const XBlock) -> S::I {
-    // SAFETY: the caller's block is valid; a chunk lies within its 32 bytes.
-    unsafe { S::splat_int(x.cast::<i32>().add(C).read_unaligned()) }
+    // SAFETY: the caller's block is valid.
+    unsafe { S::splat_int((*x).q[C] as i32) }
 }
 
 /// Adds chunks to the sums of all panels and rows: each four activations are spread over a vector once for all panels.
@@ -344,10 +332,69 @@ macro_rules! add_chunks {
     )*};
 }
 
-/// The whole block's integer products, less the codes' zero.
+/// What takes the codes' zero off a sum of [`Simd::dot`]s, which may begin with it: the sum may wrap on its way, at its end it is that
+/// of signed codes, and 16 · 127 times sixteen columns or 32 · 127 times eight fit into 16 bits.
+#[inline(always)]
+unsafe fn zero_point<S: Simd, C: Codes>(negative: [i16; 2]) -> S::I {
+    let [even, odd] = negative;
+    let both = if S::DOT_32 {
+        total(negative)
+    } else {
+        i32::from(odd) << 16 | i32::from(even as u16)
+    };
+    // SAFETY: passed on to the caller.
+    unsafe {
+        let both = S::splat_int(both);
+        match (C::ZERO, S::DOT_32) {
+            (8, true) => S::shl_32::<3>(both),
+            (8, false) => S::shl_16::<3>(both),
+            (16, true) => S::shl_32::<4>(both),
+            (16, false) => S::shl_16::<4>(both),
+            (32, true) => S::shl_32::<5>(both),
+            (32, false) => S::shl_16::<5>(both),
+            _ => S::splat_int(0),
+        }
+    }
+}
+
+/// Which of a block's columns.
+#[derive(Clone, Copy)]
+enum Columns {
+    All,
+    First,
+    Last,
+}
+
+/// Sums as they begin: with their [`zero_point`].
+#[inline(always)]
+unsafe fn begun<S: Simd, C: Codes, const P: usize, const R: usize>(
+    x: *const XBlock,
+    stride: usize,
+    columns: Columns,
+) -> [[S::I; R]; P] {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        let mut sums = [[S::splat_int(0); R]; P];
+        for r in 0..R {
+            let x = &*x.add(r * stride);
+            let zero = zero_point::<S, C>(match columns {
+                Columns::All => x.negative,
+                Columns::First => x.negative_first,
+                Columns::Last => x.negative_last(),
+            });
+            for p in 0..P {
+                sums[p][r] = zero;
+            }
+        }
+        sums
+    }
+}
+
+/// The whole block's integer products, less the codes' zero, and times the `factors` of each sixteen columns where there are any.
 #[inline(always)]
 unsafe fn dots<S: Simd, C: Codes, const P: usize, const R: usize>(
     codes: [*const u8; P],
+    factors: [[S::I; 2]; P],
     x: *const XBlock,
     stride: usize,
 ) -> [[S::I; R]; P] {
@@ -358,7 +405,7 @@ unsafe fn dots<S: Simd, C: Codes, const P: usize, const R: usize>(
         if bits == 32 {
             if S::BIASED_BYTES {
                 for r in 0..R {
-                    let bias = S::shl_32::<7>(S::splat_int((*x.add(r * stride)).negative_sum));
+                    let bias = S::splat_int((*x.add(r * stride)).negative_sum() << 7);
                     for sums in &mut sums {
                         sums[r] = bias;
                     }
@@ -367,66 +414,44 @@ unsafe fn dots<S: Simd, C: Codes, const P: usize, const R: usize>(
             add_chunks!(S, C, P, R, dot_signed, sums, codes, x, stride, 0 1 2 3 4 5 6 7);
             return sums;
         }
-        if S::DOT_32 || bits == 16 {
-            // Eight times two products of 15 · 127 stay within 16 bits.
+        // Four times two products of 31 · 127 are the most that 16 bits hold of codes that begin at zero.
+        let apart = C::HALVES || !S::DOT_32 && C::ZERO == 0 && bits == 20;
+        if !apart {
+            sums = begun::<S, C, P, R>(x, stride, Columns::All);
             add_chunks!(S, C, P, R, dot, sums, codes, x, stride, 0 4 1 5 2 6 3 7);
-            sums = widened::<S, P, R>(sums);
-        } else {
-            // Four times two products of 31 · 127 do.
-            sums = dots_half::<S, C, P, R, 0>(codes, x, stride);
-            let high = dots_half::<S, C, P, R, 1>(codes, x, stride);
-            for (sums, high) in sums.as_flattened_mut().iter_mut().zip(high.as_flattened()) {
-                *sums = S::add_32(*sums, *high);
-            }
+            return widened::<S, P, R>(sums);
         }
-        for r in 0..R {
-            let negative = S::splat_int((*x.add(r * stride)).negative_sum);
-            for sums in &mut sums {
-                match C::ZERO {
-                    8 => sums[r] = S::add_32(sums[r], S::shl_32::<3>(negative)),
-                    16 => sums[r] = S::add_32(sums[r], S::shl_32::<4>(negative)),
-                    _ => {}
-                }
-            }
+        sums = begun::<S, C, P, R>(x, stride, Columns::First);
+        add_chunks!(S, C, P, R, dot, sums, codes, x, stride, 0 1 2 3);
+        let first = scaled_half::<S, C, P, R>(sums, factors, 0);
+        sums = begun::<S, C, P, R>(x, stride, Columns::Last);
+        add_chunks!(S, C, P, R, dot, sums, codes, x, stride, 4 5 6 7);
+        sums = scaled_half::<S, C, P, R>(sums, factors, 1);
+        for (sum, &first) in sums.as_flattened_mut().iter_mut().zip(first.as_flattened()) {
+            *sum = S::add_32(*sum, first);
         }
         sums
     }
 }
 
-/// Integer products of the first sixteen columns, or of the last.
+/// Sums of sixteen columns as 32 bits, times their factors where the format has any.
 #[inline(always)]
-unsafe fn dots_half<S: Simd, C: Codes, const P: usize, const R: usize, const LAST: usize>(
-    codes: [*const u8; P],
-    x: *const XBlock,
-    stride: usize,
+unsafe fn scaled_half<S: Simd, C: Codes, const P: usize, const R: usize>(
+    mut sums: [[S::I; R]; P],
+    factors: [[S::I; 2]; P],
+    half: usize,
 ) -> [[S::I; R]; P] {
-    // SAFETY: passed on to the caller.
-    unsafe {
-        let mut sums = [[S::splat_int(0); R]; P];
-        if LAST == 0 {
-            add_chunks!(S, C, P, R, dot, sums, codes, x, stride, 0 1);
-        } else {
-            add_chunks!(S, C, P, R, dot, sums, codes, x, stride, 4 5);
-        }
-        // Two times two products of 63 · 127 are the most that 16 bits hold.
-        let apart = !S::DOT_32 && code_bytes(C::FORMAT) != 20;
-        let mut wide = [[S::splat_int(0); R]; P];
-        if apart {
-            wide = widened::<S, P, R>(std::mem::replace(&mut sums, wide));
-        }
-        if LAST == 0 {
-            add_chunks!(S, C, P, R, dot, sums, codes, x, stride, 2 3);
-        } else {
-            add_chunks!(S, C, P, R, dot, sums, codes, x, stride, 6 7);
-        }
-        sums = widened::<S, P, R>(sums);
-        if apart {
-            for (sums, wide) in sums.as_flattened_mut().iter_mut().zip(wide.as_flattened()) {
-                *sums = S::add_32(*sums, *wide);
-            }
-        }
-        sums
+    if !C::HALVES {
+        // SAFETY: passed on to the caller.
+        return unsafe { widened::<S, P, R>(sums) };
     }
+    for (sums, factors) in sums.iter_mut().zip(factors) {
+        for sum in sums {
+            // SAFETY: passed on to the caller.
+            *sum = unsafe { S::widen_by(*sum, factors[half]) };
+        }
+    }
+    sums
 }
 
 /// # Safety
@@ -452,6 +477,19 @@ unsafe fn chunk<S: Simd, C: Codes, const N: usize>(codes: *const u8) -> S::I {
         if bits == 32 {
             return S::load_bytes(codes.add(N * vector_bytes));
         }
+        if bits == 24 {
+            let half = codes.add(N / 4 * 3 * vector_bytes);
+            if N % 4 < 3 {
+                let six = S::load_bytes(half.add(N % 4 * vector_bytes));
+                return S::and(six, S::splat_byte(0x3f));
+            }
+            let mut six = S::splat_int(0);
+            for j in 0..3 {
+                let two = S::load_bytes(half.add(j * vector_bytes));
+                six = S::shr_16::<2>(S::or(six, S::and(two, S::splat_byte(0xc0))));
+            }
+            return six;
+        }
         let nibbles = S::load_bytes(codes.add(N % 4 * vector_bytes));
         let nibbles = if N < 4 {
             nibbles
@@ -462,28 +500,18 @@ unsafe fn chunk<S: Simd, C: Codes, const N: usize>(codes: *const u8) -> S::I {
         if bits == 16 {
             return low;
         }
-        let (plane, mask) = if bits == 20 {
-            (4, 0x10)
-        } else {
-            (4 + N / 4, 0x30)
+        let fifth = S::load_bytes(codes.add(4 * vector_bytes));
+        let fifth = match N {
+            0 => S::shl_16::<4>(fifth),
+            1 => S::shl_16::<3>(fifth),
+            2 => S::shl_16::<2>(fifth),
+            3 => S::shl_16::<1>(fifth),
+            5 => S::shr_16::<1>(fifth),
+            6 => S::shr_16::<2>(fifth),
+            7 => S::shr_16::<3>(fifth),
+            _ => fifth,
         };
-        let high = S::load_bytes(codes.add(plane * vector_bytes));
-        let shift_right = if bits == 20 {
-            N as i32 - 4
-        } else {
-            (N % 4) as i32 * 2 - 4
-        };
-        let high = match shift_right {
-            -4 => S::shl_16::<4>(high),
-            -3 => S::shl_16::<3>(high),
-            -2 => S::shl_16::<2>(high),
-            -1 => S::shl_16::<1>(high),
-            1 => S::shr_16::<1>(high),
-            2 => S::shr_16::<2>(high),
-            3 => S::shr_16::<3>(high),
-            _ => high,
-        };
-        S::or(low, S::and(high, S::splat_byte(mask)))
+        S::or(low, S::and(fifth, S::splat_byte(0x10)))
     }
 }
 
@@ -494,7 +522,7 @@ trait Codes {
     const ZERO: i32 = 0;
     /// [`scales`](Codes::scales) gives a scale and a minimum.
     const MIN: bool = false;
-    /// It gives a scale for each sixteen columns.
+    /// Each sixteen columns have an integer [factor](Codes::factors) besides.
     const HALVES: bool = false;
 
     /// The scales of block `b` of a panel.
@@ -502,6 +530,16 @@ trait Codes {
     /// # Safety
     /// `scales` are those of a panel of this format with more than `b` blocks.
     unsafe fn scales<S: Simd>(scales: *const u8, b: usize) -> (S::F, S::F);
+
+    /// The factors of both halves of block `b` of a panel, where there are any.
+    ///
+    /// # Safety
+    /// As of [`scales`](Codes::scales).
+    #[inline(always)]
+    unsafe fn factors<S: Simd>(_scales: *const u8, _b: usize) -> [S::I; 2] {
+        // SAFETY: passed on to the caller.
+        unsafe { [S::splat_int(0); 2] }
+    }
 }
 
 macro_rules! plain {
@@ -584,12 +622,17 @@ impl Codes for Q6K {
         // SAFETY: the trait's contract.
         unsafe {
             let own = scales.add(b / 8 * scale_bytes(Format::Q6_K) * S::LANES);
-            let small = own.add((2 + b % 8 * 2) * S::LANES);
             let d = S::load_f16(own.cast());
-            (
-                S::mul(d, S::load_i8(small)),
-                S::mul(d, S::load_i8(small.add(S::LANES))),
-            )
+            (d, d)
+        }
+    }
+    #[inline(always)]
+    unsafe fn factors<S: Simd>(scales: *const u8, b: usize) -> [S::I; 2] {
+        // SAFETY: the trait's contract.
+        unsafe {
+            let own = scales.add(b / 8 * scale_bytes(Format::Q6_K) * S::LANES);
+            let small = own.add((2 + b % 8 * 2) * S::LANES);
+            [S::load_factors(small), S::load_factors(small.add(S::LANES))]
         }
     }
 }

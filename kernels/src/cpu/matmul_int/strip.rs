@@ -25,8 +25,13 @@ pub(crate) const fn fewest_rows(format: Format) -> usize {
 
 /// Panels of a full strip. Work is best cut between strips.
 pub(crate) const PANELS: usize = 4;
-/// Blocks that are unpacked at once: with four panels 20 to 24 KiB, which the first-level cache holds beside a row.
-const PIECE_BLOCKS: usize = 16;
+/// Blocks that are unpacked at once with their extras, of a full strip: the first-level cache holds so much beside a row.
+const PIECE_BYTES: usize = 24 << 10;
+
+const fn piece_blocks<S: Simd, C: Codes>() -> usize {
+    let fit = PIECE_BYTES / block_bytes::<S, C, PANELS>();
+    if fit < 16 { fit } else { 16 }
+}
 
 /// What the unpacked codes have been moved down by, so that they are signed.
 const fn centre<C: Codes>() -> i32 {
@@ -40,7 +45,7 @@ const fn centre<C: Codes>() -> i32 {
 /// Vectors that go with a panel's block besides its codes: scales, and what takes the activations' bias off.
 const fn extras<C: Codes>() -> usize {
     match (C::HALVES, C::MIN) {
-        (true, _) => 4,
+        (true, _) => 5,
         (_, true) => 3,
         _ => 2,
     }
@@ -74,7 +79,7 @@ impl MultiplyInts<'_> {
         let mut room = Room {
             piece: vec![
                 Line([0; LINE]);
-                (PIECE_BLOCKS * block_bytes::<S, C, PANELS>()).div_ceil(LINE)
+                (piece_blocks::<S, C>() * block_bytes::<S, C, PANELS>()).div_ceil(LINE)
             ],
             sums: vec![0.0; rows_at_once * PANELS * S::LANES],
         };
@@ -110,8 +115,8 @@ impl MultiplyInts<'_> {
     ) {
         let blocks = self.w.cols / BLOCK;
         let (mut part, mut begins) = (0, true);
-        for piece_start in (0..blocks).step_by(PIECE_BLOCKS) {
-            let piece_end = (piece_start + PIECE_BLOCKS).min(blocks);
+        for piece_start in (0..blocks).step_by(piece_blocks::<S, C>()) {
+            let piece_end = (piece_start + piece_blocks::<S, C>()).min(blocks);
             for i in 0..P {
                 // SAFETY: the panel has these blocks, and the room is for as many.
                 unsafe {
@@ -183,14 +188,17 @@ unsafe fn unpack<S: Simd, C: Codes, const P: usize>(
             each!(0 1 2 3 4 5 6 7);
             let biases = biases.map(|bias| S::sub_16(zero, bias));
             let extra = to.add((8 * P + i * extras::<C>()) * vector);
-            let (first, second) = C::scales::<S>(scales, b);
-            S::store(extra.cast(), first);
+            let (scale, min) = C::scales::<S>(scales, b);
+            S::store(extra.cast(), scale);
             S::store_bytes(extra.add(vector), biases[0]);
-            if C::HALVES || C::MIN {
-                S::store(extra.add(2 * vector).cast(), second);
+            if C::MIN {
+                S::store(extra.add(2 * vector).cast(), min);
             }
             if C::HALVES {
+                let factors = C::factors::<S>(scales, b);
+                S::store_bytes(extra.add(2 * vector), factors[0]);
                 S::store_bytes(extra.add(3 * vector), biases[1]);
+                S::store_bytes(extra.add(4 * vector), factors[1]);
             }
         }
     }
@@ -229,36 +237,47 @@ unsafe fn row<S: Simd, C: Codes, const P: usize>(
                 |i: usize, which: usize| codes.add((8 * P + i * extras::<C>() + which) * vector);
             // Sums of 16 bits begin with what takes the activations' bias off, and may wrap on their way: at the end they are those of
             // signed activations, of which 127 · 8 or 16 times sixteen columns, or 127 · 32 times eight, fit.
-            macro_rules! part {
-                ($scale:literal, $bias:literal: $($n:literal)*) => {
+            macro_rules! dots {
+                ($bias:literal: $($n:literal)*) => {{
                     let mut dots = [S::splat_int(0); P];
                     for i in 0..P {
                         dots[i] = S::load_bytes(extra(i, $bias));
                     }
                     $(
-                        let four = x.q.as_ptr().cast::<i32>().add($n).read_unaligned();
-                        let spread = S::splat_int(four);
+                        let spread = S::splat_int(x.q[$n] as i32);
                         for i in 0..P {
                             let w = S::load_bytes(codes.add(($n * P + i) * vector));
                             dots[i] = S::in_order(S::dot(dots[i], spread, w));
                         }
                     )*
-                    for i in 0..P {
-                        let mut ints = S::widen(dots[i]);
-                        if C::ZERO == 0 {
-                            // The format's codes begin at zero; ours at minus `centre`.
-                            ints = S::add_32(ints, S::splat_int(-x.negative_sum * centre::<C>()));
-                        }
-                        let scaled = S::mul(S::int_to_float(ints), d);
-                        sums[i] = S::fma(scaled, S::load(extra(i, $scale).cast()), sums[i]);
-                    }
-                };
+                    dots
+                }};
             }
+            let mut ints = [S::splat_int(0); P];
             if C::HALVES {
-                part!(0, 1: 0 1 2 3);
-                part!(2, 3: 4 5 6 7);
+                let dots = dots!(1: 0 1 2 3);
+                for i in 0..P {
+                    ints[i] = S::widen_by(dots[i], S::load_bytes(extra(i, 2)));
+                }
+                let dots = dots!(3: 4 5 6 7);
+                for i in 0..P {
+                    let last = S::widen_by(dots[i], S::load_bytes(extra(i, 4)));
+                    ints[i] = S::add_32(ints[i], last);
+                }
             } else {
-                part!(0, 1: 0 1 2 3 4 5 6 7);
+                let dots = dots!(1: 0 1 2 3 4 5 6 7);
+                for i in 0..P {
+                    ints[i] = S::widen(dots[i]);
+                }
+            }
+            // The format's codes begin at zero, ours at minus `centre`.
+            let below = S::splat_int(-x.negative_sum() * centre::<C>());
+            for i in 0..P {
+                if C::ZERO == 0 {
+                    ints[i] = S::add_32(ints[i], below);
+                }
+                let scaled = S::mul(S::int_to_float(ints[i]), d);
+                sums[i] = S::fma(scaled, S::load(extra(i, 0).cast()), sums[i]);
             }
             if C::MIN {
                 let d_sum = S::splat(x.d_sum);

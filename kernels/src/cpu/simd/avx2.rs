@@ -242,6 +242,18 @@ impl Simd for Avx2 {
         unsafe { _mm256_madd_epi16(sum, _mm256_set1_epi16(1)) }
     }
     #[inline(always)]
+    unsafe fn load_factors(p: *const u8) -> __m256i {
+        // Both halves of a lane get it.
+        unsafe {
+            let wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()));
+            _mm256_blend_epi16::<0xaa>(wide, _mm256_slli_epi32::<16>(wide))
+        }
+    }
+    #[inline(always)]
+    unsafe fn widen_by(sum: __m256i, factors: __m256i) -> __m256i {
+        unsafe { _mm256_madd_epi16(sum, factors) }
+    }
+    #[inline(always)]
     unsafe fn in_order(sum: __m256i) -> __m256i {
         unsafe { opaque(sum) }
     }

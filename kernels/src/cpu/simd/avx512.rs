@@ -251,6 +251,29 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         }
     }
     #[inline(always)]
+    unsafe fn load_factors(p: *const u8) -> __m512i {
+        unsafe {
+            let wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()));
+            if VNNI {
+                wide
+            } else {
+                // Both halves of a lane get it.
+                let high = _mm512_slli_epi32::<16>(wide);
+                _mm512_mask_blend_epi16(0xaaaa_aaaa, wide, high)
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn widen_by(sum: __m512i, factors: __m512i) -> __m512i {
+        unsafe {
+            if VNNI {
+                _mm512_mullo_epi32(sum, factors)
+            } else {
+                _mm512_madd_epi16(sum, factors)
+            }
+        }
+    }
+    #[inline(always)]
     unsafe fn dot_signed(sum: __m512i, w: __m512i, x: __m512i) -> __m512i {
         unsafe {
             if VNNI {

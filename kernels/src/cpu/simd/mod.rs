@@ -157,7 +157,11 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn dot(sum: Self::I, w: Self::I, x: Self::I) -> Self::I;
     /// A sum of [`dot`](Simd::dot)s as 32 bits a lane.
     unsafe fn widen(sum: Self::I) -> Self::I;
-    /// The same, but the compiler may not look behind it: so a sum stays in the order as written, and keeps few registers busy.
+    /// A signed byte a lane, as [`widen_by`](Simd::widen_by) wants it.
+    unsafe fn load_factors(p: *const u8) -> Self::I;
+    /// A sum of [`dot`](Simd::dot)s times a factor of [`load_factors`](Simd::load_factors), as 32 bits a lane.
+    unsafe fn widen_by(sum: Self::I, factors: Self::I) -> Self::I;
+    /// `sum`, but the compiler may not look behind it: so it stays in the order as written, and keeps few registers busy.
     #[inline(always)]
     unsafe fn in_order(sum: Self::I) -> Self::I {
         sum

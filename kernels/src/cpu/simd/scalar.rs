@@ -230,6 +230,15 @@ impl Simd for Scalar {
         sum
     }
     #[inline(always)]
+    unsafe fn load_factors(p: *const u8) -> I {
+        // SAFETY: the trait's contract.
+        unsafe { read(p) }.map(|x| i32::from(x as i8))
+    }
+    #[inline(always)]
+    unsafe fn widen_by(sum: I, factors: I) -> I {
+        std::array::from_fn(|i| sum[i] * factors[i])
+    }
+    #[inline(always)]
     unsafe fn dot_signed(sum: I, w: I, x: I) -> I {
         std::array::from_fn(|i| {
             let (w, x) = (w[i].to_ne_bytes(), x[i].to_ne_bytes());
