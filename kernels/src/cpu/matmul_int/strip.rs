@@ -13,8 +13,8 @@ use crate::cpu::layout::{BLOCK, Matrix, code_bytes};
 use crate::cpu::simd::Simd;
 use crate::format::Format;
 
-/// Rows from which on unpacking pays, by measurement: sooner where a tile must widen its sums every eight columns, later where its codes
-/// need no zero taken off.
+/// Rows from which on unpacking pays, by measurement: sooner where codes take more instructions to unpack, later where they need no
+/// zero taken off.
 pub(crate) const fn fewest_rows(format: Format) -> usize {
     match format {
         Format::Q6_K => 6,
@@ -25,9 +25,10 @@ pub(crate) const fn fewest_rows(format: Format) -> usize {
 
 /// Panels of a full strip. Work is best cut between strips.
 pub(crate) const PANELS: usize = 4;
-/// Blocks that are unpacked at once with their extras, of a full strip: the first-level cache holds so much beside a row.
+/// What the first-level cache holds of a full strip's blocks and their extras, beside a row.
 const PIECE_BYTES: usize = 24 << 10;
 
+/// Blocks that are unpacked at once: more than sixteen were not tried.
 const fn piece_blocks<S: Simd, C: Codes>() -> usize {
     let fit = PIECE_BYTES / block_bytes::<S, C, PANELS>();
     if fit < 16 { fit } else { 16 }
