@@ -1,4 +1,4 @@
-//! Decoding with and without speculation, in turns on one engine, one sequence at a time.
+//! Decoding with and without speculation, in turns from step to step, one sequence each.
 //!
 //! `speculate --threads 2 --json`
 //!
@@ -8,29 +8,20 @@
 //! that the model would have said this is assumed. Own words: what SmolLM2 itself says to the same prompts, greedily. Open: what
 //! SmolLM2 says to questions without a source, sampled; for the shape of random weights these texts are dictated too.
 
+mod pair;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use benches::report::speculation::{QUOTES, Row, Speculation as Report};
 use clap::Parser;
-use kernels::{Cpu, Isa};
+use kernels::Isa;
+use pair::{Compared, Pair};
 use serde::Deserialize;
 use serde_json::json;
-use worker::client::{Event, GenerateRequest, Sampling};
-use worker::collective::Local;
-use worker::engine::{Drafter, Engine, EngineConfig, Stepper};
-use worker::file::ModelFile;
-use worker::model::{self, Candidates, RankModel, StepBatch};
-use worker::plan::ShardPlan;
-use worker::scheduler::{Limits, SequenceId};
-use worker::speculation::Speculation;
+use worker::client::Sampling;
 
-/// Positions of the longest sequence.
-const CONTEXT: usize = 1024;
 /// Characters of a passage, about as retrieval gives in one chunk or two.
 const PASSAGE_CHARS: usize = 1600;
 /// Tokens, all rounds together, from which on an answer's own ratio says something.
@@ -66,10 +57,10 @@ struct Options {
     #[arg(long)]
     answers: Option<usize>,
     /// Passes over the answers that have a source
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 1)]
     rounds: usize,
     /// Passes over the open ones: whether one of them loses 3 % is seen only over several
-    #[arg(long, default_value_t = 6)]
+    #[arg(long, default_value_t = 3)]
     open_rounds: usize,
     /// Print JSON for programs
     #[arg(long)]
@@ -114,6 +105,26 @@ struct Sums {
 }
 
 impl Sums {
+    fn add(&mut self, number: usize, compared: &Compared) {
+        let Compared {
+            tokens,
+            plain,
+            speculating,
+            drafts_right,
+            drafts_wrong,
+            ..
+        } = *compared;
+        let ratio = plain / speculating;
+        let drafts = drafts_right + drafts_wrong;
+        eprintln!(
+            "answer {number}: {tokens} tokens, {ratio:.2}×, {drafts_right} of {drafts} drafts right"
+        );
+        self.drafts_right += drafts_right;
+        self.drafts_wrong += drafts_wrong;
+        let rounds = self.answers.entry(number).or_default();
+        rounds.push((tokens, plain, speculating));
+    }
+
     fn row(&self) -> Row {
         let (mut tokens, mut plain, mut speculating) = (0, 0.0, 0.0);
         let mut lowest: Option<f64> = None;
@@ -170,23 +181,24 @@ fn main() -> Result<()> {
     let open = &OPEN[..OPEN.len().min(options.answers.unwrap_or(OPEN.len()))];
     let mut rows: BTreeMap<String, BTreeMap<String, Row>> = BTreeMap::new();
 
-    let small = Bench::start(&options.model, options.threads)?;
+    let small = Pair::start(&options.model, options.threads)?;
     let mut said = Vec::new();
     let [mut own, mut dictated, mut sampled] = <[Sums; 3]>::default();
     for round in 0..options.rounds {
         for (i, (prompt, answer)) in quoting.iter().enumerate() {
             let request = chat(prompt, &options, None);
-            small.compare(&request, None, (round, i), &mut own)?;
+            own.add(i, &small.compare(&request, None, round + i)?);
             let request = text(prompt, &options);
-            small.compare(&request, Some(answer), (round, i), &mut dictated)?;
+            dictated.add(i, &small.compare(&request, Some(answer), round + i)?);
         }
     }
     for round in 0..options.open_rounds {
         for (i, question) in open.iter().enumerate() {
             let request = chat(question, &options, Some(i));
-            let answer = small.compare(&request, None, (round, i), &mut sampled)?;
+            let compared = small.compare(&request, None, round + i)?;
+            sampled.add(i, &compared);
             if round == 0 {
-                said.push((*question, answer));
+                said.push((*question, compared.text));
             }
         }
     }
@@ -201,18 +213,18 @@ fn main() -> Result<()> {
     );
     drop(small);
 
-    let large = Bench::start(&options.shape, options.threads)?;
+    let large = Pair::start(&options.shape, options.threads)?;
     let [mut quotes, mut open] = <[Sums; 2]>::default();
     for round in 0..options.rounds {
         for (i, (prompt, answer)) in quoting.iter().enumerate() {
             let request = text(prompt, &options);
-            large.compare(&request, Some(answer), (round, i), &mut quotes)?;
+            quotes.add(i, &large.compare(&request, Some(answer), round + i)?);
         }
     }
     for round in 0..options.open_rounds {
         for (i, (question, answer)) in said.iter().enumerate() {
             let request = text(question, &options);
-            large.compare(&request, Some(answer), (round, i), &mut open)?;
+            open.add(i, &large.compare(&request, Some(answer), round + i)?);
         }
     }
     let kinds = [(QUOTES, quotes), ("open", open)];
@@ -317,237 +329,4 @@ fn request(prompt: serde_json::Value, options: &Options, seed: Option<usize>) ->
         "echo": false,
         "priority": "Interactive",
     })
-}
-
-/// An engine whose drafter can be switched, and whose tokens can be dictated.
-struct Bench {
-    engine: Option<Engine>,
-    thread: Option<std::thread::JoinHandle<()>>,
-    switch: Arc<Switch>,
-    /// The whole sequence as it shall be, empty if the model decides.
-    script: Arc<Mutex<Vec<u32>>>,
-}
-
-#[derive(Default)]
-struct Switch {
-    on: AtomicBool,
-    right: AtomicU64,
-    wrong: AtomicU64,
-}
-
-impl Bench {
-    fn start(path: &Path, threads: usize) -> Result<Self> {
-        eprintln!("Loading {}", path.display());
-        let file = ModelFile::open(path)?;
-        let plan = ShardPlan::whole(&file.config()?, CONTEXT)?;
-        let device = Cpu::new(threads, Isa::detect());
-        let rank = RankModel::load(&file, &plan, Box::new(Local::default()), device)?;
-        let side = worker::text::load(&file)?;
-        let limits = Limits {
-            max_sequences: 1,
-            max_waiting: 1,
-            step_rows: 256,
-            context_tokens: CONTEXT,
-            blocks: rank.plan().kv_blocks,
-            ..Limits::default()
-        };
-        let config = EngineConfig {
-            model: "bench".into(),
-            limits,
-        };
-        let (switch, script) = (Arc::<Switch>::default(), Arc::<Mutex<Vec<u32>>>::default());
-        let dictated = Dictated {
-            inner: rank,
-            script: script.clone(),
-        };
-        let drafter = Switched {
-            inner: Speculation::new(limits.step_rows),
-            switch: switch.clone(),
-        };
-        let tokenizer = Arc::new(side.tokenizer);
-        let (engine, runner) =
-            Engine::new(dictated, tokenizer, side.template.map(Arc::new), config);
-        let runner = runner.with_drafter(Box::new(drafter));
-        let thread = std::thread::Builder::new()
-            .name("engine".into())
-            .spawn(move || runner.run())?;
-        Ok(Self {
-            engine: Some(engine),
-            thread: Some(thread),
-            switch,
-            script,
-        })
-    }
-
-    /// Runs the request both ways, in an order that changes from answer to answer and from round to round, and adds to `sums`.
-    /// Returns the answer's text.
-    fn compare(
-        &self,
-        request: &serde_json::Value,
-        answer: Option<&str>,
-        (round, number): (usize, usize),
-        sums: &mut Sums,
-    ) -> Result<String> {
-        let mut seconds = [0.0; 2];
-        let mut texts: [(String, usize); 2] = Default::default();
-        for speculating in if (round + number).is_multiple_of(2) {
-            [false, true]
-        } else {
-            [true, false]
-        } {
-            self.switch.on.store(speculating, Ordering::Relaxed);
-            let counts =
-                || [&self.switch.right, &self.switch.wrong].map(|c| c.load(Ordering::Relaxed));
-            let before = counts();
-            let which = usize::from(speculating);
-            (texts[which], seconds[which]) = self.run(request, answer)?;
-            let after = counts();
-            sums.drafts_right += after[0] - before[0];
-            sums.drafts_wrong += after[1] - before[1];
-        }
-        if texts[0] != texts[1] {
-            bail!("speculation changed an answer: {texts:?}");
-        }
-        let [plain, speculating] = seconds;
-        let tokens = texts[0].1.saturating_sub(1);
-        let sum = sums.answers.entry(number).or_default();
-        sum.push((tokens, plain, speculating));
-        let [(text, _), _] = texts;
-        Ok(text)
-    }
-
-    /// The answer with its tokens' number, and seconds from its first token to its end.
-    fn run(
-        &self,
-        request: &serde_json::Value,
-        answer: Option<&str>,
-    ) -> Result<((String, usize), f64)> {
-        let engine = self.engine.as_ref().context("the engine has ended")?;
-        let mut request: GenerateRequest = serde_json::from_value(request.clone())?;
-        let mut script = Vec::new();
-        if let Some(answer) = answer {
-            let worker::client::Prompt::Text(prompt) = &request.prompt else {
-                bail!("only what continues a text can be dictated");
-            };
-            script = engine.tokenizer().encode_prompt(prompt.expose())?;
-            let answer = engine
-                .tokenizer()
-                .encode(answer, worker::text::Parse::Plain)?;
-            let most = request.max_tokens.map_or(usize::MAX, |most| most as usize);
-            let answer = &answer[..answer.len().min(most)];
-            request.max_tokens = Some(answer.len() as u32);
-            script.extend_from_slice(answer);
-        }
-        *self.script.lock().unwrap_or_else(PoisonError::into_inner) = script;
-        let mut events = engine.generate(&request)?;
-        let (mut text, mut count, mut first) = (String::new(), 0, None);
-        while let Some(event) = events.blocking_recv() {
-            match event? {
-                Event::Text {
-                    text: piece,
-                    tokens,
-                    ..
-                } => {
-                    text.push_str(piece.expose());
-                    count += tokens.len();
-                    first.get_or_insert_with(Instant::now);
-                }
-                Event::Finished { .. } => {
-                    let seconds = first.map_or(0.0, |f| f.elapsed().as_secs_f64());
-                    return Ok(((text, count), seconds));
-                }
-                Event::Started { .. } => {}
-            }
-        }
-        bail!("the answer ended without its end")
-    }
-}
-
-impl Drop for Bench {
-    fn drop(&mut self) {
-        drop(self.engine.take());
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
-/// A model that is made to say what the script says. One sequence at a time.
-struct Dictated {
-    inner: RankModel<Cpu>,
-    script: Arc<Mutex<Vec<u32>>>,
-}
-
-impl Stepper for Dictated {
-    fn step(&mut self, batch: &StepBatch) -> Result<Vec<Candidates>, model::Error> {
-        let mut rows = self.inner.step(batch)?.unwrap_or_default();
-        let script = self.script.lock().unwrap_or_else(PoisonError::into_inner);
-        for (candidates, &row) in rows.iter_mut().zip(&batch.logits_rows) {
-            // A draft may reach beyond the end of the script; nobody reads that row then.
-            let next = batch.positions[row as usize] as usize + 1;
-            if let Some(&token) = script.get(next) {
-                candidates.top = vec![(token, candidates.log_sum_exp)];
-            }
-        }
-        Ok(rows)
-    }
-
-    fn idle(&mut self) -> Result<(), model::Error> {
-        self.inner.idle()
-    }
-
-    fn stop(&mut self) {
-        Stepper::stop(&mut self.inner);
-    }
-}
-
-/// Speculation that can be switched off between two answers; then it does not even keep count.
-struct Switched {
-    inner: Speculation,
-    switch: Arc<Switch>,
-}
-
-impl Switched {
-    fn on(&self) -> bool {
-        self.switch.on.load(Ordering::Relaxed)
-    }
-}
-
-impl Drafter for Switched {
-    fn begin(&mut self, id: SequenceId, prompt: &[u32]) {
-        if self.on() {
-            self.inner.begin(id, prompt);
-        }
-    }
-
-    fn draft(&mut self, decoding: &[SequenceId]) -> Vec<(SequenceId, Vec<u32>)> {
-        if self.on() {
-            self.inner.draft(decoding)
-        } else {
-            Vec::new()
-        }
-    }
-
-    fn took(&mut self, id: SequenceId, tokens: &[u32], drafts: &[u32]) {
-        let right = tokens.len() as u64 - 1;
-        self.switch.right.fetch_add(right, Ordering::Relaxed);
-        self.switch
-            .wrong
-            .fetch_add(drafts.len() as u64 - right, Ordering::Relaxed);
-        if self.on() {
-            self.inner.took(id, tokens, drafts);
-        }
-    }
-
-    fn stepped(&mut self, rows: usize, seconds: f64) {
-        if self.on() {
-            self.inner.stepped(rows, seconds);
-        }
-    }
-
-    fn end(&mut self, id: SequenceId) {
-        if self.on() {
-            self.inner.end(id);
-        }
-    }
 }
