@@ -1,30 +1,21 @@
-//! What keeping to a form costs a token: the same engine with and without a constraint, turn by turn in one run.
+//! What keeping to a form costs a token: two engines over one model, one held to it, in turns from step to step.
 //!
 //! `cargo run --locked --workspace --bin constrain -- --model F --threads 2`
 //!
-//! The constrained answers are long enough to decode as many tokens as the free ones. The time is that between the first token
-//! and the last, so that neither prefill nor compilation is in it; compilation is told by itself.
+//! The constrained answers are long enough to decode as many tokens as the free ones. The time is that of the steps after the
+//! prompt's, so that neither prefill nor compilation is in it; compilation is told by itself.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
+use benches::pair::Pair;
 use benches::report::constrained::{Constrained, Kind};
 use clap::Parser;
 use coordinator::Redacted;
 use coordinator::ids::TenantId;
-use kernels::{BLOCK_TOKENS, Cpu, Isa};
 use serde_json::json;
-use worker::client::{Constraint, Event, Format, GenerateRequest, Prompt, Sampling};
-use worker::collective::Local;
-use worker::engine::{Engine, EngineConfig};
-use worker::file::ModelFile;
-use worker::model::RankModel;
-use worker::plan::ShardPlan;
-use worker::scheduler::Limits;
-
-const CONTEXT: usize = 1024;
+use worker::client::{Constraint, Format, GenerateRequest, Prompt, Sampling};
 
 #[derive(Parser)]
 struct Options {
@@ -76,25 +67,9 @@ fn kinds() -> Vec<(&'static str, Format)> {
 
 fn main() -> Result<()> {
     let options = Options::parse();
-    let file = ModelFile::open(&options.model)?;
-    let plan = ShardPlan::whole(&file.config()?, CONTEXT)?;
-    let device = Cpu::new(options.threads, Isa::detect());
-    let rank = RankModel::load(&file, &plan, Box::new(Local::default()), device)?;
-    let tokenizer = Arc::new(worker::text::load(&file)?.tokenizer);
-    let vocabulary_tokens = tokenizer.vocab_size();
-    let limits = Limits {
-        max_sequences: 1,
-        max_waiting: 8,
-        step_rows: 256,
-        context_tokens: CONTEXT,
-        blocks: CONTEXT / BLOCK_TOKENS,
-        ..Limits::default()
-    };
-    let config = EngineConfig {
-        model: "bench".into(),
-        limits,
-    };
-    let engine = Engine::start(rank, tokenizer, None, config)?;
+    let pair = Pair::start(&options.model, options.threads, [None, None])?;
+    let engine = pair.engine(0)?;
+    let vocabulary_tokens = engine.tokenizer().vocab_size();
     let started = Instant::now();
     engine.constrainer().warm();
     let vocabulary_ms = millis(started);
@@ -118,13 +93,7 @@ fn main() -> Result<()> {
         let (mut times, mut overheads) = (Vec::new(), Vec::new());
         for turn in 0..options.turns {
             // Who goes first changes, so that a machine that warms up or slows down favours nobody.
-            let (held_ms, free_ms) = if turn % 2 == 0 {
-                let held = ms_per_token(&engine, &request)?;
-                (held, ms_per_token(&engine, &free)?)
-            } else {
-                let free = ms_per_token(&engine, &free)?;
-                (ms_per_token(&engine, &request)?, free)
-            };
+            let [held_ms, free_ms] = ms_per_token(&pair, [&request, &free], turn % 2)?;
             times.push(held_ms);
             free_times.push(free_ms);
             overheads.push((held_ms / free_ms - 1.0) * 100.0);
@@ -162,28 +131,18 @@ fn request(format: Option<Format>, tokens: u32) -> GenerateRequest {
     }
 }
 
-/// Milliseconds a token between the first and the last.
-fn ms_per_token(engine: &Engine, request: &GenerateRequest) -> Result<f64> {
-    let mut events = engine.generate(request)?;
-    let mut first = None;
-    let mut last = Instant::now();
-    let mut count = 0;
-    while let Some(event) = events.blocking_recv() {
-        if let Event::Text { tokens, .. } = event?
-            && !tokens.is_empty()
-        {
-            last = Instant::now();
-            first.get_or_insert(last);
-            count += tokens.len();
-        }
+/// Milliseconds a token of each.
+fn ms_per_token(pair: &Pair, requests: [&GenerateRequest; 2], first: usize) -> Result<[f64; 2]> {
+    let answers = pair.answer(requests, first)?;
+    for (answer, request) in answers.iter().zip(requests) {
+        let wanted = request.max_tokens.unwrap_or_default() as usize - 1;
+        let tokens = answer.tokens;
+        ensure!(
+            tokens == wanted,
+            "an answer ended {tokens} tokens after its first, expected {wanted}"
+        );
     }
-    let wanted = request.max_tokens.unwrap_or_default() as usize;
-    ensure!(
-        count == wanted,
-        "an answer ended after {count} tokens, expected {wanted}"
-    );
-    let first = first.context("no token came")?;
-    Ok(last.duration_since(first).as_secs_f64() * 1000.0 / (count - 1) as f64)
+    Ok(answers.map(|answer| answer.seconds * 1000.0 / answer.tokens as f64))
 }
 
 fn millis(started: Instant) -> f64 {

@@ -8,19 +8,20 @@
 //! that the model would have said this is assumed. Own words: what SmolLM2 itself says to the same prompts, greedily. Open: what
 //! SmolLM2 says to questions without a source, sampled; for the shape of random weights these texts are dictated too.
 
-mod pair;
-
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use benches::pair::{Answer, Pair, STEP_ROWS};
 use benches::report::speculation::{QUOTES, Row, Speculation as Report};
 use clap::Parser;
 use kernels::Isa;
-use pair::{Compared, Pair};
 use serde::Deserialize;
 use serde_json::json;
-use worker::client::Sampling;
+use worker::client::{GenerateRequest, Prompt, Sampling};
+use worker::engine::Drafter;
+use worker::speculation::Speculation;
+use worker::text::Parse;
 
 /// Characters of a passage, about as retrieval gives in one chunk or two.
 const PASSAGE_CHARS: usize = 1600;
@@ -105,24 +106,18 @@ struct Sums {
 }
 
 impl Sums {
-    fn add(&mut self, number: usize, compared: &Compared) {
-        let Compared {
-            tokens,
-            plain,
-            speculating,
-            drafts_right,
-            drafts_wrong,
-            ..
-        } = *compared;
-        let ratio = plain / speculating;
-        let drafts = drafts_right + drafts_wrong;
+    fn add(&mut self, number: usize, [plain, speculating]: &[Answer; 2]) {
+        let ratio = plain.seconds / speculating.seconds;
+        let (right, wrong) = (speculating.drafts_right, speculating.drafts_wrong);
         eprintln!(
-            "answer {number}: {tokens} tokens, {ratio:.2}×, {drafts_right} of {drafts} drafts right"
+            "answer {number}: {} tokens, {ratio:.2}×, {right} of {} drafts right",
+            plain.tokens,
+            right + wrong
         );
-        self.drafts_right += drafts_right;
-        self.drafts_wrong += drafts_wrong;
+        self.drafts_right += right;
+        self.drafts_wrong += wrong;
         let rounds = self.answers.entry(number).or_default();
-        rounds.push((tokens, plain, speculating));
+        rounds.push((plain.tokens, plain.seconds, speculating.seconds));
     }
 
     fn row(&self) -> Row {
@@ -181,24 +176,25 @@ fn main() -> Result<()> {
     let open = &OPEN[..OPEN.len().min(options.answers.unwrap_or(OPEN.len()))];
     let mut rows: BTreeMap<String, BTreeMap<String, Row>> = BTreeMap::new();
 
-    let small = Pair::start(&options.model, options.threads)?;
+    let small = start(&options.model, options.threads)?;
     let mut said = Vec::new();
     let [mut own, mut dictated, mut sampled] = <[Sums; 3]>::default();
     for round in 0..options.rounds {
         for (i, (prompt, answer)) in quoting.iter().enumerate() {
             let request = chat(prompt, &options, None);
-            own.add(i, &small.compare(&request, None, round + i)?);
+            own.add(i, &compare(&small, &request, None, round + i)?);
             let request = text(prompt, &options);
-            dictated.add(i, &small.compare(&request, Some(answer), round + i)?);
+            dictated.add(i, &compare(&small, &request, Some(answer), round + i)?);
         }
     }
     for round in 0..options.open_rounds {
         for (i, question) in open.iter().enumerate() {
             let request = chat(question, &options, Some(i));
-            let compared = small.compare(&request, None, round + i)?;
+            let compared = compare(&small, &request, None, round + i)?;
             sampled.add(i, &compared);
             if round == 0 {
-                said.push((*question, compared.text));
+                let [answer, _] = compared;
+                said.push((*question, answer.text));
             }
         }
     }
@@ -213,18 +209,18 @@ fn main() -> Result<()> {
     );
     drop(small);
 
-    let large = Pair::start(&options.shape, options.threads)?;
+    let large = start(&options.shape, options.threads)?;
     let [mut quotes, mut open] = <[Sums; 2]>::default();
     for round in 0..options.rounds {
         for (i, (prompt, answer)) in quoting.iter().enumerate() {
             let request = text(prompt, &options);
-            quotes.add(i, &large.compare(&request, Some(answer), round + i)?);
+            quotes.add(i, &compare(&large, &request, Some(answer), round + i)?);
         }
     }
     for round in 0..options.open_rounds {
         for (i, (question, answer)) in said.iter().enumerate() {
             let request = text(question, &options);
-            open.add(i, &large.compare(&request, Some(answer), round + i)?);
+            open.add(i, &compare(&large, &request, Some(answer), round + i)?);
         }
     }
     let kinds = [(QUOTES, quotes), ("open", open)];
@@ -297,6 +293,42 @@ fn without_tags(html: &str) -> String {
         text.push_str(rest);
     }
     text
+}
+
+/// An engine without and one with speculation.
+fn start(path: &Path, threads: usize) -> Result<Pair> {
+    eprintln!("Loading {}", path.display());
+    let speculation: Box<dyn Drafter> = Box::new(Speculation::new(STEP_ROWS));
+    Pair::start(path, threads, [None, Some(speculation)])
+}
+
+/// Runs the request without and with speculation; with an `answer`, the model is made to give it.
+fn compare(
+    pair: &Pair,
+    request: &serde_json::Value,
+    answer: Option<&str>,
+    turn: usize,
+) -> Result<[Answer; 2]> {
+    let mut request: GenerateRequest = serde_json::from_value(request.clone())?;
+    let mut script = Vec::new();
+    if let Some(answer) = answer {
+        let Prompt::Text(prompt) = &request.prompt else {
+            bail!("only what continues a text can be dictated");
+        };
+        let tokenizer = pair.engine(0)?.tokenizer();
+        script = tokenizer.encode_prompt(prompt.expose())?;
+        let answer = tokenizer.encode(answer, Parse::Plain)?;
+        let most = request.max_tokens.map_or(usize::MAX, |most| most as usize);
+        let answer = &answer[..answer.len().min(most)];
+        request.max_tokens = Some(answer.len() as u32);
+        script.extend_from_slice(answer);
+    }
+    pair.dictate(script);
+    let answers = pair.answer([&request, &request], turn % 2)?;
+    if answers[0].text != answers[1].text {
+        bail!("speculation changed an answer: {answers:?}");
+    }
+    Ok(answers)
 }
 
 /// To be continued greedily as it stands.

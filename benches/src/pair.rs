@@ -1,62 +1,56 @@
-//! Two engines over one model, one that guesses and one that does not. They take turns step by step, so that whatever else the
-//! machine does meets both alike: between two answers one after the other it changes by more than what is measured.
+//! Two engines over one model that take turns step by step, so that whatever else the machine does meets both alike: between
+//! two answers one after the other it changes by more than what is to be measured.
 
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use kernels::{Cpu, Isa};
+use kernels::{BLOCK_TOKENS, Cpu, Isa};
 use tokio::sync::mpsc::UnboundedReceiver;
-use worker::client::{Event, GenerateRequest, InferError, Prompt};
+use worker::client::{Event, GenerateRequest, InferError};
 use worker::collective::Local;
 use worker::engine::{Drafter, Engine, EngineConfig, Stepper};
 use worker::file::ModelFile;
-use worker::kv::BLOCK_TOKENS;
 use worker::model::{self, Candidates, RankModel, StepBatch};
 use worker::plan::ShardPlan;
 use worker::scheduler::{Limits, SequenceId};
-use worker::speculation::Speculation;
-use worker::text::Parse;
 
 /// Positions of the longest sequence.
 const CONTEXT: usize = 1024;
 /// Rows of a step at most.
-const STEP_ROWS: usize = 256;
+pub const STEP_ROWS: usize = 256;
 /// After so long without the other's step, one goes on alone: it must have died.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// The sides.
-const PLAIN: usize = 0;
-const SPECULATING: usize = 1;
 
-/// One answer, taken both ways.
-#[derive(Debug)]
-pub struct Compared {
+/// An answer.
+#[derive(Debug, Clone, Default)]
+pub struct Answer {
     pub text: String,
-    /// Tokens whose time was taken: the first belongs to the prompt.
+    /// Tokens after the first, which belongs to the prompt.
     pub tokens: usize,
-    /// Seconds of all steps after the first token.
-    pub plain: f64,
-    pub speculating: f64,
+    /// What all steps after the prompt's took.
+    pub seconds: f64,
     pub drafts_right: u64,
     pub drafts_wrong: u64,
 }
 
-/// The two engines, whose tokens can be dictated.
+/// The two engines; what they say can be dictated.
 pub struct Pair {
     engines: [Option<Engine>; 2],
     threads: Vec<JoinHandle<()>>,
     turns: Arc<Turns>,
-    drafts: Arc<Drafts>,
-    /// The whole sequence as it shall be, empty if the model decides.
     script: Arc<Mutex<Vec<u32>>>,
 }
 
 impl Pair {
-    pub fn start(path: &Path, threads: usize) -> Result<Self> {
-        eprintln!("Loading {}", path.display());
+    /// Each engine with its drafter, if it has one.
+    pub fn start(
+        path: &Path,
+        threads: usize,
+        drafters: [Option<Box<dyn Drafter>>; 2],
+    ) -> Result<Self> {
         let file = ModelFile::open(path)?;
         let mut plan = ShardPlan::whole(&file.config()?, CONTEXT)?;
         let blocks = plan.kv_blocks;
@@ -66,34 +60,30 @@ impl Pair {
         let side = worker::text::load(&file)?;
         let (tokenizer, template) = (Arc::new(side.tokenizer), side.template.map(Arc::new));
         let rank = Arc::new(Mutex::new(rank));
-        let (turns, drafts) = (Arc::<Turns>::default(), Arc::<Drafts>::default());
-        let script = Arc::<Mutex<Vec<u32>>>::default();
-        let limits = Limits {
-            max_sequences: 1,
-            max_waiting: 1,
-            step_rows: STEP_ROWS,
-            context_tokens: CONTEXT,
-            blocks,
-            ..Limits::default()
-        };
         let mut pair = Self {
             engines: [None, None],
             threads: Vec::new(),
-            turns: turns.clone(),
-            drafts: drafts.clone(),
-            script: script.clone(),
+            turns: Arc::default(),
+            script: Arc::default(),
         };
-        for side in [PLAIN, SPECULATING] {
-            let stepper = Dictated {
+        for (side, drafter) in drafters.into_iter().enumerate() {
+            let stepper = Half {
                 rank: rank.clone(),
                 first_block: (side * blocks) as u32,
-                script: script.clone(),
+                script: pair.script.clone(),
             };
             let drafter = InTurns {
                 side,
-                turns: turns.clone(),
-                inner: (side == SPECULATING).then(|| Speculation::new(STEP_ROWS)),
-                drafts: drafts.clone(),
+                turns: pair.turns.clone(),
+                inner: drafter,
+            };
+            let limits = Limits {
+                max_sequences: 1,
+                max_waiting: 8,
+                step_rows: STEP_ROWS,
+                context_tokens: CONTEXT,
+                blocks,
+                ..Limits::default()
             };
             let config = EngineConfig {
                 model: "bench".into(),
@@ -112,57 +102,33 @@ impl Pair {
         Ok(pair)
     }
 
-    /// Runs the request both ways; with an `answer`, the model is made to give it. `turn` decides who begins: let it be even
-    /// as often as odd.
-    pub fn compare(
-        &self,
-        request: &serde_json::Value,
-        answer: Option<&str>,
-        turn: usize,
-    ) -> Result<Compared> {
-        let mut request: GenerateRequest = serde_json::from_value(request.clone())?;
-        let mut script = Vec::new();
-        if let Some(answer) = answer {
-            let Prompt::Text(prompt) = &request.prompt else {
-                bail!("only what continues a text can be dictated");
-            };
-            let tokenizer = self.engine(PLAIN)?.tokenizer();
-            script = tokenizer.encode_prompt(prompt.expose())?;
-            let answer = tokenizer.encode(answer, Parse::Plain)?;
-            let most = request.max_tokens.map_or(usize::MAX, |most| most as usize);
-            let answer = &answer[..answer.len().min(most)];
-            request.max_tokens = Some(answer.len() as u32);
-            script.extend_from_slice(answer);
-        }
-        *lock(&self.script) = script;
-        self.turns.begin(turn % 2);
-        let before = self.drafts.counts();
-        let mut events = Vec::new();
-        for side in [PLAIN, SPECULATING] {
-            events.push(self.engine(side)?.generate(&request)?);
-        }
-        let mut texts = Vec::new();
-        for events in &mut events {
-            texts.push(whole(events)?);
-        }
-        if texts[PLAIN] != texts[SPECULATING] {
-            bail!("speculation changed an answer: {texts:?}");
-        }
-        let (text, tokens) = texts.swap_remove(PLAIN);
-        let [plain, speculating] = self.turns.seconds();
-        let after = self.drafts.counts();
-        Ok(Compared {
-            text,
-            tokens: tokens.saturating_sub(1),
-            plain,
-            speculating,
-            drafts_right: after[0] - before[0],
-            drafts_wrong: after[1] - before[1],
-        })
+    pub fn engine(&self, side: usize) -> Result<&Engine> {
+        let engine = self.engines.get(side).and_then(Option::as_ref);
+        engine.context("the engine has ended")
     }
 
-    fn engine(&self, side: usize) -> Result<&Engine> {
-        self.engines[side].as_ref().context("the engine has ended")
+    /// From now on sequences are made to be these tokens, prompt and answer; none: the model decides.
+    pub fn dictate(&self, tokens: Vec<u32>) {
+        *lock(&self.script) = tokens;
+    }
+
+    /// Has each engine answer its request. The engine `first` begins: let it be either as often as the other.
+    pub fn answer(&self, requests: [&GenerateRequest; 2], first: usize) -> Result<[Answer; 2]> {
+        self.turns.begin(first);
+        let mut events = Vec::new();
+        for (side, request) in requests.into_iter().enumerate() {
+            events.push(self.engine(side)?.generate(request)?);
+        }
+        let mut answers = <[Answer; 2]>::default();
+        for (answer, events) in answers.iter_mut().zip(&mut events) {
+            let (text, tokens) = whole(events)?;
+            (answer.text, answer.tokens) = (text, tokens.saturating_sub(1));
+        }
+        for (side, answer) in answers.iter_mut().enumerate() {
+            answer.seconds = self.turns.seconds(side);
+            [answer.drafts_right, answer.drafts_wrong] = self.turns.drafts(side);
+        }
+        Ok(answers)
     }
 }
 
@@ -218,6 +184,8 @@ struct Side {
     /// When its turn began, if it is on.
     since: Option<Instant>,
     seconds: f64,
+    /// Drafts that came out right and wrong.
+    drafts: [u64; 2],
 }
 
 #[derive(Default, Clone, Copy, PartialEq)]
@@ -275,34 +243,29 @@ impl Turns {
         self.changed.notify_all();
     }
 
-    fn seconds(&self) -> [f64; 2] {
-        lock(&self.state).sides.map(|side| side.seconds)
+    fn drafted(&self, side: usize, right: usize, all: usize) {
+        let drafts = &mut lock(&self.state).sides[side].drafts;
+        drafts[0] += right as u64;
+        drafts[1] += all.saturating_sub(right) as u64;
+    }
+
+    fn drafts(&self, side: usize) -> [u64; 2] {
+        lock(&self.state).sides[side].drafts
+    }
+
+    fn seconds(&self, side: usize) -> f64 {
+        lock(&self.state).sides[side].seconds
     }
 }
 
-/// Drafts that came out right and wrong.
-#[derive(Default)]
-struct Drafts([AtomicU64; 2]);
-
-impl Drafts {
-    fn counts(&self) -> [u64; 2] {
-        [0, 1].map(|i| self.0[i].load(Ordering::Relaxed))
-    }
-
-    fn add(&self, right: usize, wrong: usize) {
-        self.0[0].fetch_add(right as u64, Ordering::Relaxed);
-        self.0[1].fetch_add(wrong as u64, Ordering::Relaxed);
-    }
-}
-
-/// The model with one side's half of its blocks, made to say what the script says. One sequence at a time.
-struct Dictated {
+/// The model with one side's half of its blocks, made to say what the script says.
+struct Half {
     rank: Arc<Mutex<RankModel<Cpu>>>,
     first_block: u32,
     script: Arc<Mutex<Vec<u32>>>,
 }
 
-impl Stepper for Dictated {
+impl Stepper for Half {
     fn step(&mut self, batch: &StepBatch) -> Result<Vec<Candidates>, model::Error> {
         let mut batch = batch.clone();
         for block in batch.spans.iter_mut().flat_map(|span| &mut span.blocks) {
@@ -332,12 +295,11 @@ impl Stepper for Dictated {
     }
 }
 
-/// Waits for its side's turn before each step; on the speculating side it guesses besides.
+/// Waits for its side's turn before each step.
 struct InTurns {
     side: usize,
     turns: Arc<Turns>,
-    inner: Option<Speculation>,
-    drafts: Arc<Drafts>,
+    inner: Option<Box<dyn Drafter>>,
 }
 
 impl Drafter for InTurns {
@@ -357,7 +319,7 @@ impl Drafter for InTurns {
 
     fn took(&mut self, id: SequenceId, tokens: &[u32], drafts: &[u32]) {
         let right = tokens.len().saturating_sub(1);
-        self.drafts.add(right, drafts.len().saturating_sub(right));
+        self.turns.drafted(self.side, right, drafts.len());
         if let Some(inner) = &mut self.inner {
             inner.took(id, tokens, drafts);
         }
