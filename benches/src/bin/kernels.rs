@@ -85,7 +85,7 @@ fn main() {
             print!(
                 "{name:<30} {:>12.2} {:>5.0}%",
                 rates.decode / 1e9,
-                100.0 * rates.decode / read
+                100.0 * rates.decode / rates.read
             );
             for few in rates.few {
                 print!(" {:>7.0}", few / 1e9);
@@ -114,6 +114,8 @@ fn best(mut f: impl FnMut()) -> f64 {
 }
 
 struct Rates {
+    /// Bytes a second that are read at most, before and after the next in the mean: memory may be twice as fast a minute later.
+    read: f64,
     /// Bytes of weights a second, with one row.
     decode: f64,
     /// Operations a second with [`FEW_ROWS`].
@@ -143,11 +145,15 @@ fn matmul(cpu: &Cpu, format: Format, rows: usize, cols: usize, bytes: usize) -> 
                 .for_each(|w| cpu.matmul(&[w], &x, count, &mut [&mut out]))
         })
     };
+    let threads = cpu.threads();
+    let before = measure::read_bandwidth(threads);
     let decode = all(1);
+    let read = (before + measure::read_bandwidth(threads)) / 2.0;
     let few = FEW_ROWS.map(|count| (2 * rows * cols * count * copies) as f64 / all(count));
     let prefill = best(|| cpu.matmul(&[&packed[0]], &x, PREFILL_ROWS, &mut [&mut out]));
     let weights: usize = packed.iter().map(|w| cpu.matrix_bytes(w)).sum();
     Rates {
+        read,
         decode: weights as f64 / decode,
         few,
         prefill: (2 * rows * cols * PREFILL_ROWS) as f64 / prefill,

@@ -1,21 +1,28 @@
 //! How a weight matrix lies in memory once packed.
 //!
 //! Rows are taken [`lanes`] at a time into a **panel**, interleaved so that one vector holds a few columns of every row:
-//! each lane of a sum belongs to one row, and no kernel ever adds across lanes. A panel is its codes, then its scales.
+//! each lane of a sum belongs to one row, and no kernel ever adds across lanes. [`STRIP`] panels lie side by side in a **strip**, so
+//! that a kernel that takes them together reads memory in one straight line, which is as fast as memory is read at all.
 //!
-//! Codes of a quantised format, 32 columns at a time: vectors of four bytes a lane. Chunk `c` is columns `4c..4c + 4`.
+//! A strip of floats is column by column the panels' vectors, one float a lane.
+//!
+//! A strip of a quantised format is its blocks, of as many columns as the format's own. A block is the panels' scales, then for each
+//! 32 columns the panels' codes: vectors of four bytes a lane, the first of each panel, then the second of each, and so on. With chunk
+//! `c` for columns `4c..4c + 4`, a panel's vectors are
 //! - low four bits: four vectors; vector `j` holds chunk `j` in its low nibbles and chunk `j + 4` in its high ones;
 //! - a fifth bit: one more vector; bit `c` of a byte belongs to chunk `c`;
 //! - six bits: three vectors for each sixteen columns; vector `j` of them holds chunk `j` in its low six bits, and in its high two
 //!   bits `2j` and `2j + 1` of chunk 3;
 //! - eight bits: eight vectors, one a chunk, signed.
 //!
-//! Scales are f16 as in the file, one a lane: `d` or `d, m` for each 32 columns; K-quants `d` or `d, dmin` and then their
-//! small scales, unpacked to a byte each, for each 256. Floats have no scales and lie column by column.
+//! Scales are f16 as in the file, one a lane: `d` or `d, m`; K-quants `d` or `d, dmin` and then their small scales, unpacked to a
+//! byte each.
+
+use std::ops::Range;
 
 use half::f16;
 
-use super::bytes::{Arena, Bytes, LINE};
+use super::bytes::{Arena, Bytes};
 use super::pool::Pool;
 use super::simd::lanes;
 use crate::device::{Error, WeightRows};
@@ -25,27 +32,28 @@ use crate::isa::Isa;
 /// Columns that share a scale, and that activations are quantised by.
 pub(crate) const BLOCK: usize = 32;
 
+/// Panels of a strip: with one row of activations their sums hide an addition's latency, with two they fill the registers.
+pub(crate) const STRIP: usize = 4;
+
 /// A weight matrix packed for one instruction set.
 pub struct Matrix {
     pub(crate) format: Format,
     pub(crate) rows: usize,
     pub(crate) cols: usize,
     pub(crate) lanes: usize,
-    /// From one panel's beginning to the next's.
-    pub(crate) panel_bytes: usize,
-    /// Where in a panel its scales begin.
-    pub(crate) scales_at: usize,
+    /// From one strip's beginning to the next's.
+    pub(crate) strip_bytes: usize,
     pub(crate) data: Bytes,
 }
 
-/// Bytes of codes that a lane has in each [`BLOCK`] columns of a quantised format.
+/// Bytes of codes that a lane has in each [`columns`].
 pub(crate) const fn code_bytes(format: Format) -> usize {
     match format {
         Format::Q4_0 | Format::Q4_1 | Format::Q4_K => 16,
         Format::Q5_0 | Format::Q5_1 | Format::Q5_K => 20,
         Format::Q6_K => 24,
         Format::Q8_0 => 32,
-        Format::F32 | Format::F16 | Format::BF16 => 0,
+        Format::F32 | Format::F16 | Format::BF16 => format.block_bytes(),
     }
 }
 
@@ -60,6 +68,51 @@ pub(crate) const fn scale_bytes(format: Format) -> usize {
     }
 }
 
+/// Columns whose codes of all panels lie together.
+const fn columns(format: Format) -> usize {
+    if format.is_quantised() { BLOCK } else { 1 }
+}
+
+/// How many of these share scales.
+pub(crate) const fn parts(format: Format) -> usize {
+    format.block_len() / columns(format)
+}
+
+/// Bytes of a strip's block.
+pub(crate) const fn block_bytes(format: Format, lanes: usize) -> usize {
+    STRIP * lanes * (scale_bytes(format) + parts(format) * code_bytes(format))
+}
+
+/// Where in a strip the scales are that panel `i` of it has for its `b`th [`columns`].
+#[inline(always)]
+pub(crate) const fn scales_at(format: Format, lanes: usize, i: usize, b: usize) -> usize {
+    b / parts(format) * block_bytes(format, lanes) + i * scale_bytes(format) * lanes
+}
+
+/// Where in a strip the first vector of codes is that panel `i` has for its `b`th [`columns`].
+#[inline(always)]
+pub(crate) const fn codes_at(format: Format, lanes: usize, i: usize, b: usize) -> usize {
+    let before = scale_bytes(format) + b % parts(format) * code_bytes(format);
+    b / parts(format) * block_bytes(format, lanes)
+        + STRIP * before * lanes
+        + i * vector_bytes(format, lanes)
+}
+
+/// Bytes of a vector of codes.
+const fn vector_bytes(format: Format, lanes: usize) -> usize {
+    lanes
+        * if format.is_quantised() {
+            4
+        } else {
+            code_bytes(format)
+        }
+}
+
+/// From one of a panel's vectors of codes to the next.
+pub(crate) const fn vector_stride(format: Format, lanes: usize) -> usize {
+    STRIP * vector_bytes(format, lanes)
+}
+
 impl Matrix {
     pub(crate) fn pack(
         w: WeightRows<'_>,
@@ -69,32 +122,26 @@ impl Matrix {
     ) -> Result<Matrix, Error> {
         w.check()?;
         let lanes = lanes(isa);
-        let (blocks, own_blocks) = (w.cols / BLOCK, w.cols / w.format.block_len());
-        let scales_at = if w.format.is_quantised() {
-            blocks * code_bytes(w.format) * lanes
-        } else {
-            w.cols * w.format.block_bytes() * lanes
-        };
-        let panel_bytes =
-            (scales_at + own_blocks * scale_bytes(w.format) * lanes).next_multiple_of(LINE);
-        let panels = w.rows.div_ceil(lanes);
-        let len = panels.saturating_mul(panel_bytes);
+        let strip_bytes = w.cols / w.format.block_len() * block_bytes(w.format, lanes);
+        let strips = w.rows.div_ceil(lanes * STRIP);
+        let len = strips.saturating_mul(strip_bytes);
         let mut data = arena.zeroed(len, "weights")?;
         let start = SendPtr(data.as_mut_ptr());
-        pool.run(panels, &|p| {
+        pool.run(strips, &|s| {
             let start = &start;
-            // SAFETY: panels do not overlap, lie within `data`, and each is written by one task.
-            let panel = unsafe {
-                std::slice::from_raw_parts_mut(start.0.add(p * panel_bytes), panel_bytes)
+            // SAFETY: strips do not overlap, lie within `data`, and each is written by one task.
+            let strip = unsafe {
+                std::slice::from_raw_parts_mut(start.0.add(s * strip_bytes), strip_bytes)
             };
-            let (codes, scales) = panel.split_at_mut(scales_at);
-            for lane in 0..lanes.min(w.rows - p * lanes) {
-                let row = w.row(p * lanes + lane);
-                match w.format {
-                    Format::F32 => interleave::<4>(row, codes, lane, lanes),
-                    Format::F16 | Format::BF16 => interleave::<2>(row, codes, lane, lanes),
-                    _ => pack_lane(w.format, row, codes, scales, lane, lanes),
-                }
+            let first = s * lanes * STRIP;
+            for r in 0..(lanes * STRIP).min(w.rows - first) {
+                let lane = Lane {
+                    format: w.format,
+                    lanes,
+                    panel: r / lanes,
+                    lane: r % lanes,
+                };
+                lane.pack(w.row(first + r), strip);
             }
         });
         Ok(Matrix {
@@ -102,61 +149,124 @@ impl Matrix {
             rows: w.rows,
             cols: w.cols,
             lanes,
-            panel_bytes,
-            scales_at,
+            strip_bytes,
             data,
         })
     }
 
-    /// Number of panels.
-    pub(crate) fn panels(&self) -> usize {
-        self.rows.div_ceil(self.lanes)
+    /// Number of strips.
+    pub(crate) fn strips(&self) -> usize {
+        self.rows.div_ceil(self.lanes * STRIP)
+    }
+
+    /// Panels of strip `s` that have rows: all but perhaps the last one's.
+    pub(crate) fn panels_of(&self, s: usize) -> usize {
+        let panels = self.rows.div_ceil(self.lanes);
+        panels.saturating_sub(s * STRIP).min(STRIP)
+    }
+
+    /// Strip `s`.
+    pub(crate) fn strip(&self, s: usize) -> &[u8] {
+        &self.data[s * self.strip_bytes..(s + 1) * self.strip_bytes]
     }
 
     /// Writes row `row` as floats, exactly as [`dequantize_row`] would from the file.
     pub(crate) fn row(&self, row: usize, out: &mut [f32]) {
         assert!(row < self.rows && out.len() == self.cols);
         let (panel, lane) = (row / self.lanes, row % self.lanes);
-        let panel = &self.data[panel * self.panel_bytes..(panel + 1) * self.panel_bytes];
-        let (codes, scales) = panel.split_at(self.scales_at);
-        let element = self.format.block_bytes();
+        let lane = Lane {
+            format: self.format,
+            lanes: self.lanes,
+            panel: panel % STRIP,
+            lane,
+        };
+        lane.unpack(self.strip(panel / STRIP), out);
+    }
+}
+
+/// One row's place in its strip.
+struct Lane {
+    format: Format,
+    lanes: usize,
+    panel: usize,
+    lane: usize,
+}
+
+impl Lane {
+    fn codes_at(&self, b: usize) -> usize {
+        codes_at(self.format, self.lanes, self.panel, b)
+    }
+
+    fn scales_at(&self, b: usize) -> usize {
+        scales_at(self.format, self.lanes, self.panel, b)
+    }
+
+    /// Within a panel's vector of floats.
+    fn range(&self) -> Range<usize> {
+        let bytes = self.format.block_bytes();
+        self.lane * bytes..(self.lane + 1) * bytes
+    }
+
+    /// Writes a row as stored.
+    fn pack(&self, row: &[u8], strip: &mut [u8]) {
+        let stored = self.format.block_bytes();
+        if !self.format.is_quantised() {
+            for (k, x) in row.chunks_exact(stored).enumerate() {
+                strip[self.codes_at(k)..][self.range()].copy_from_slice(x);
+            }
+            return;
+        }
+        let (parts, stride) = (parts(self.format), vector_stride(self.format, self.lanes));
+        for (own, block) in row.chunks_exact(stored).enumerate() {
+            for j in 0..parts {
+                let words = fold_codes(self.format, &codes_of(self.format, block, j));
+                let at = self.codes_at(own * parts + j);
+                for (v, word) in words[..code_bytes(self.format) / 4].iter().enumerate() {
+                    let at = at + v * stride + self.lane * 4;
+                    strip[at..at + 4].copy_from_slice(&word.to_le_bytes());
+                }
+            }
+            let scales = &mut strip[self.scales_at(own * parts)..];
+            pack_scales(self.format, block, scales, self.lane, self.lanes);
+        }
+    }
+
+    /// Writes the row as floats.
+    fn unpack(&self, strip: &[u8], out: &mut [f32]) {
         if !self.format.is_quantised() {
             for (k, y) in out.iter_mut().enumerate() {
-                let at = (k * self.lanes + lane) * element;
+                let stored = &strip[self.codes_at(k)..][self.range()];
                 // A row of one weight cannot have the wrong size.
-                let _ = dequantize_row(
-                    self.format,
-                    &codes[at..at + element],
-                    std::slice::from_mut(y),
-                );
+                let _ = dequantize_row(self.format, stored, std::slice::from_mut(y));
             }
             return;
         }
         for (b, y) in out.chunks_exact_mut(BLOCK).enumerate() {
-            let block = &codes[b * code_bytes(self.format) * self.lanes..];
-            let q = unpack_codes(self.format, block, lane, self.lanes);
-            self.scale_codes(scales, b, lane, &q, y);
+            let codes = &strip[self.codes_at(b)..];
+            let stride = vector_stride(self.format, self.lanes);
+            let q = unpack_codes(self.format, &codes[self.lane * 4..], stride);
+            let scales = &strip[self.scales_at(b)..];
+            self.scale_codes(scales, b % parts(self.format), &q, y);
         }
     }
 
-    fn scale_codes(&self, scales: &[u8], b: usize, lane: usize, q: &[u8; BLOCK], y: &mut [f32]) {
-        let lanes = self.lanes;
+    /// Of part `i` of a block.
+    fn scale_codes(&self, scales: &[u8], i: usize, q: &[u8; BLOCK], y: &mut [f32]) {
+        let (lane, lanes) = (self.lane, self.lanes);
         let half = |at: usize| f16::from_le_bytes([scales[at], scales[at + 1]]).to_f32();
-        let own = b * BLOCK / self.format.block_len() * scale_bytes(self.format) * lanes;
-        let i = b % 8;
-        let first = half(own + 2 * lane);
-        let second = || half(own + 2 * lanes + 2 * lane);
+        let first = half(2 * lane);
+        let second = || half(2 * lanes + 2 * lane);
         let (d, m, zero) = match self.format {
             Format::Q4_0 => (first, 0.0, 8),
             Format::Q5_0 => (first, 0.0, 16),
             Format::Q4_1 | Format::Q5_1 => (first, second(), 0),
             Format::Q4_K | Format::Q5_K => {
-                let byte = |at: usize| f32::from(scales[own + 4 * lanes + at * lanes + lane]);
+                let byte = |at: usize| f32::from(scales[4 * lanes + at * lanes + lane]);
                 (first * byte(i), -(second() * byte(8 + i)), 0)
             }
             Format::Q6_K => {
                 for (k, (y, &q)) in y.iter_mut().zip(q).enumerate() {
-                    let small = scales[own + 2 * lanes + (2 * i + k / 16) * lanes + lane] as i8;
+                    let small = scales[2 * lanes + (2 * i + k / 16) * lanes + lane] as i8;
                     *y = first * f32::from(small) * f32::from(q as i8 - 32);
                 }
                 return;
@@ -177,42 +287,6 @@ impl Matrix {
 struct SendPtr(*mut u8);
 // SAFETY: used for disjoint parts only, see where it is made.
 unsafe impl Sync for SendPtr {}
-
-fn interleave<const N: usize>(row: &[u8], codes: &mut [u8], lane: usize, lanes: usize) {
-    for (k, x) in row.chunks_exact(N).enumerate() {
-        let at = (k * lanes + lane) * N;
-        codes[at..at + N].copy_from_slice(x);
-    }
-}
-
-fn pack_lane(
-    format: Format,
-    row: &[u8],
-    codes: &mut [u8],
-    scales: &mut [u8],
-    lane: usize,
-    lanes: usize,
-) {
-    let bytes = code_bytes(format);
-    let per_own = format.block_len() / BLOCK;
-    for (own, block) in row.chunks_exact(format.block_bytes()).enumerate() {
-        for i in 0..per_own {
-            let words = fold_codes(format, &codes_of(format, block, i));
-            let at = (own * per_own + i) * bytes * lanes;
-            for (v, word) in words[..bytes / 4].iter().enumerate() {
-                let at = at + (v * lanes + lane) * 4;
-                codes[at..at + 4].copy_from_slice(&word.to_le_bytes());
-            }
-        }
-        pack_scales(
-            format,
-            block,
-            &mut scales[own * scale_bytes(format) * lanes..],
-            lane,
-            lanes,
-        );
-    }
-}
 
 fn pack_scales(format: Format, block: &[u8], out: &mut [u8], lane: usize, lanes: usize) {
     let mut halves = |from: usize, count: usize| {
@@ -292,9 +366,9 @@ fn fold_codes(format: Format, q: &[u8; BLOCK]) -> [u32; 8] {
     words
 }
 
-/// The inverse of [`fold_codes`] on a packed block.
-fn unpack_codes(format: Format, block: &[u8], lane: usize, lanes: usize) -> [u8; BLOCK] {
-    let byte = |v: usize, t: usize| block[(v * lanes + lane) * 4 + t];
+/// The inverse of [`fold_codes`] on words that lie `stride` apart.
+fn unpack_codes(format: Format, words: &[u8], stride: usize) -> [u8; BLOCK] {
+    let byte = |v: usize, t: usize| words[v * stride + t];
     std::array::from_fn(|k| {
         let (c, t) = (k / 4, k % 4);
         let low = || (byte(c % 4, t) >> (c / 4 * 4)) & 15;

@@ -3,7 +3,7 @@
 //! Each lane adds its columns 32 at a time, then the parts, in order: small error, and the same in any tile.
 #![allow(clippy::needless_range_loop)] // rows index several arrays at once, and unroll as written
 
-use super::layout::Matrix;
+use super::layout::{Matrix, STRIP, codes_at};
 use super::matmul_int::{Output, rows_at_once};
 use super::simd::{Job, Simd};
 use crate::format::Format;
@@ -15,7 +15,7 @@ const PART: usize = 32;
 pub(crate) struct MultiplyFloats<'a> {
     pub w: &'a Matrix,
     pub ends: &'a [usize],
-    pub panels: std::ops::Range<usize>,
+    pub strips: std::ops::Range<usize>,
     /// `[rows, w.cols]`
     pub x: *const f32,
     pub rows: usize,
@@ -43,85 +43,87 @@ impl MultiplyFloats<'_> {
     unsafe fn run_as<S: Simd, W: Element>(self) {
         let rows_at_once = rows_at_once(4 * self.w.cols);
         let mut r = 0;
-        // SAFETY: the panels lie within the matrix, the rows within `x` and `out`.
+        // SAFETY: the strips lie within the matrix, the rows within `x` and `out`.
         unsafe {
             if S::TILES {
                 // Some rows stay in the cache while every panel meets them; only the last few rows are taken panels first.
                 while self.rows - r >= 8 {
                     let end = r + (self.rows - r).min(rows_at_once) / 8 * 8;
-                    for p in self.panels.clone() {
-                        for row in (r..end).step_by(8) {
-                            self.tile::<S, W, 1, 8>(p, row);
+                    for s in self.strips.clone() {
+                        for i in (0..self.w.panels_of(s)).step_by(2) {
+                            for row in (r..end).step_by(4) {
+                                self.tile::<S, W, 2, 4>(s, i, row);
+                            }
                         }
                     }
                     r = end;
                 }
                 if self.rows - r >= 4 {
-                    self.strip::<S, W, 2, 4>(r);
+                    self.all_strips::<S, W, 2, 4>(r);
                     r += 4;
                 }
                 if self.rows - r >= 2 {
-                    self.strip::<S, W, 4, 2>(r);
+                    self.all_strips::<S, W, STRIP, 2>(r);
                     r += 2;
                 }
             }
             while r < self.rows {
-                self.strip::<S, W, 4, 1>(r);
+                self.all_strips::<S, W, STRIP, 1>(r);
                 r += 1;
             }
         }
     }
 
-    /// All panels, `P` at a time so that enough sums are under way to hide an addition's latency.
+    /// All strips, `P` panels at a time so that enough sums are under way to hide an addition's latency.
     #[inline(always)]
-    unsafe fn strip<S: Simd, W: Element, const P: usize, const R: usize>(&self, row: usize) {
-        let mut p = self.panels.start;
-        // SAFETY: passed on to the caller.
-        unsafe {
-            while p + P <= self.panels.end {
-                self.tile::<S, W, P, R>(p, row);
-                p += P;
-            }
-            while p < self.panels.end {
-                self.tile::<S, W, 1, R>(p, row);
-                p += 1;
+    unsafe fn all_strips<S: Simd, W: Element, const P: usize, const R: usize>(&self, row: usize) {
+        for s in self.strips.clone() {
+            for i in (0..self.w.panels_of(s)).step_by(P) {
+                // SAFETY: passed on to the caller.
+                unsafe { self.tile::<S, W, P, R>(s, i, row) };
             }
         }
     }
 
+    /// Panels `i..i + P` of a strip, of which the last ones may have no rows.
     #[inline(always)]
     unsafe fn tile<S: Simd, W: Element, const P: usize, const R: usize>(
         &self,
-        panel: usize,
+        strip: usize,
+        i: usize,
         row: usize,
     ) {
-        // SAFETY: a panel holds `cols` vectors; the rows exist.
+        // SAFETY: a strip holds `cols` vectors of each panel; the rows exist.
         unsafe {
             let x = self.x.add(row * self.w.cols);
+            let panels = self
+                .w
+                .strip(strip)
+                .as_ptr()
+                .add(codes_at(W::FORMAT, S::LANES, i, 0));
             let mut first = 0;
             for (part, &end) in self.ends.iter().enumerate() {
-                let sums = self.part::<S, W, P, R>(panel, x, first..end);
+                let sums = self.part::<S, W, P, R>(panels, x, first..end);
                 first = end;
-                for p in 0..P {
-                    self.out
-                        .put::<S, R>(&sums[p], self.w, panel + p, row, part == 0);
+                for (p, sums) in sums.iter().enumerate().take(self.w.panels_of(strip) - i) {
+                    let panel = strip * STRIP + i + p;
+                    self.out.put::<S, R>(sums, self.w, panel, row, part == 0);
                 }
             }
         }
     }
 
-    /// One part's sums for a tile whose first row begins at `x`.
+    /// One part's sums for a tile whose first panel begins at `panels` and whose first row at `x`.
     #[inline(always)]
     unsafe fn part<S: Simd, W: Element, const P: usize, const R: usize>(
         &self,
-        panel: usize,
+        panels: *const u8,
         x: *const f32,
         columns: std::ops::Range<usize>,
     ) -> [[S::F; R]; P] {
-        let w = self.w;
+        let cols = self.w.cols;
         // SAFETY: passed on to the caller.
         unsafe {
-            let data = w.data.as_ptr().add(panel * w.panel_bytes);
             let mut sums = [[S::splat(0.0); R]; P];
             let mut k = columns.start;
             while k < columns.end {
@@ -129,10 +131,10 @@ impl MultiplyFloats<'_> {
                 let mut part = [[S::splat(0.0); R]; P];
                 while k < end {
                     for p in 0..P {
-                        let at = p * w.panel_bytes + k * S::LANES * W::BYTES;
-                        let weights = W::load::<S>(data.add(at));
+                        let at = codes_at(W::FORMAT, S::LANES, p, k);
+                        let weights = W::load::<S>(panels.add(at));
                         for r in 0..R {
-                            let x = S::splat(*x.add(r * w.cols + k));
+                            let x = S::splat(*x.add(r * cols + k));
                             part[p][r] = S::fma(weights, x, part[p][r]);
                         }
                     }
@@ -151,7 +153,7 @@ impl MultiplyFloats<'_> {
 
 /// How a float weight lies in a panel.
 trait Element {
-    const BYTES: usize;
+    const FORMAT: Format;
     /// # Safety
     /// `p` is valid for a vector of this element.
     unsafe fn load<S: Simd>(p: *const u8) -> S::F;
@@ -159,7 +161,7 @@ trait Element {
 
 struct F32;
 impl Element for F32 {
-    const BYTES: usize = 4;
+    const FORMAT: Format = Format::F32;
     #[inline(always)]
     unsafe fn load<S: Simd>(p: *const u8) -> S::F {
         // SAFETY: the trait's contract.
@@ -169,7 +171,7 @@ impl Element for F32 {
 
 struct F16;
 impl Element for F16 {
-    const BYTES: usize = 2;
+    const FORMAT: Format = Format::F16;
     #[inline(always)]
     unsafe fn load<S: Simd>(p: *const u8) -> S::F {
         // SAFETY: the trait's contract.
@@ -179,7 +181,7 @@ impl Element for F16 {
 
 struct Bf16;
 impl Element for Bf16 {
-    const BYTES: usize = 2;
+    const FORMAT: Format = Format::BF16;
     #[inline(always)]
     unsafe fn load<S: Simd>(p: *const u8) -> S::F {
         // SAFETY: the trait's contract.

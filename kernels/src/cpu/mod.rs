@@ -23,9 +23,9 @@ pub use layout::Matrix;
 use activations::{Quantise, XBlock};
 use candidates::Summarise;
 use layer::{AddSum, Angles, RmsNorm, Rotate, SiluGate};
-use layout::BLOCK;
+use layout::{BLOCK, STRIP};
 use matmul_float::MultiplyFloats;
-use matmul_int::{MultiplyInts, Output, STRIP_PANELS, wants_strips};
+use matmul_int::{MultiplyInts, Output, wants_strips};
 use pool::Pool;
 use simd::{Job, dispatch};
 
@@ -97,11 +97,11 @@ impl Cpu {
         });
     }
 
-    /// Into how many tasks to cut `panels` panels of so many products each.
-    fn tasks(&self, panels: usize, panel_products: usize) -> usize {
+    /// Into how many tasks to cut `strips` strips of so many products each.
+    fn tasks(&self, strips: usize, strip_products: usize) -> usize {
         (8 * self.threads())
-            .min(panels * panel_products / TASK_PRODUCTS)
-            .clamp(1, panels.max(1))
+            .min(strips * strip_products / TASK_PRODUCTS)
+            .clamp(1, strips.max(1))
     }
 
     /// Calls `f` with `x[rows, cols]` as the matrices `w` read it.
@@ -129,20 +129,20 @@ impl Cpu {
         });
     }
 
-    /// Multiplies `x` by `panels` of `w`, whose columns come in parts that end behind those of `ends`.
+    /// Multiplies `x` by `strips` of `w`, whose columns come in parts that end behind those of `ends`.
     ///
     /// # Safety
-    /// The matrix has these panels and the input's columns, the last of which ends the last part; the input was made for its format,
-    /// `out` has room, and nobody else writes these panels' columns of it.
+    /// The matrix has these strips and the input's columns, the last of which ends the last part; the input was made for its format,
+    /// `out` has room, and nobody else writes these strips' columns of it.
     unsafe fn multiply(
         &self,
         w: &Matrix,
         ends: &[usize],
-        panels: std::ops::Range<usize>,
+        strips: std::ops::Range<usize>,
         x: &Input<'_>,
         out: Output,
     ) {
-        if panels.is_empty() || x.rows == 0 {
+        if strips.is_empty() || x.rows == 0 {
             return;
         }
         // SAFETY: passed on to the caller.
@@ -151,7 +151,7 @@ impl Cpu {
                 MultiplyInts {
                     w,
                     ends,
-                    panels,
+                    strips,
                     x: x.blocks.as_ptr(),
                     stride: x.cols / BLOCK,
                     rows: x.rows,
@@ -163,7 +163,7 @@ impl Cpu {
                 self.run(MultiplyFloats {
                     w,
                     ends,
-                    panels,
+                    strips,
                     x: x.floats.as_ptr(),
                     rows: x.rows,
                     out,
@@ -193,11 +193,9 @@ impl Cpu {
     }
 }
 
-/// Part `i` of `panels` panels that are cut into `tasks` tasks, between strips.
-fn part(panels: usize, tasks: usize, i: usize) -> std::ops::Range<usize> {
-    let strips = panels.div_ceil(STRIP_PANELS);
-    let cut = |i: usize| (i * strips / tasks * STRIP_PANELS).min(panels);
-    cut(i)..cut(i + 1)
+/// Part `i` of `strips` strips that are cut into `tasks` tasks.
+fn part(strips: usize, tasks: usize, i: usize) -> std::ops::Range<usize> {
+    i * strips / tasks..(i + 1) * strips / tasks
 }
 
 /// Rows of activations, as floats and, where a matrix needs it, as bytes.
@@ -285,7 +283,7 @@ impl Device for Cpu {
             "x has {} floats, {rows} rows of {cols} are read",
             x.len()
         );
-        let mut panels = 0;
+        let mut strips = 0;
         let mut ends = Vec::with_capacity(w.len());
         let mut outs = Vec::with_capacity(w.len());
         for (w, out) in w.iter().zip(out.iter_mut()) {
@@ -297,20 +295,20 @@ impl Device for Cpu {
                 out.len(),
                 w.rows
             );
-            panels += w.panels();
-            ends.push(panels);
+            strips += w.strips();
+            ends.push(strips);
             outs.push(Shared(out.as_mut_ptr()));
         }
         self.with_input(w, x, rows, cols, |input| {
-            let tasks = self.tasks(panels, first.lanes * cols * rows);
+            let tasks = self.tasks(strips, STRIP * first.lanes * cols * rows);
             self.pool.run(tasks, &|i| {
-                let task = part(panels, tasks, i);
+                let task = part(strips, tasks, i);
                 let mut before = 0;
                 for ((w, &end), out) in w.iter().zip(&ends).zip(&outs) {
                     let from = task.start.clamp(before, end) - before;
                     let to = task.end.clamp(before, end) - before;
                     before = end;
-                    // SAFETY: lengths were asserted; tasks write different panels, that is, different columns of `out`.
+                    // SAFETY: lengths were asserted; tasks write different strips, that is, different columns of `out`.
                     unsafe {
                         self.multiply(w, &[cols], from..to, input, Output::Floats(out.get()))
                     };
@@ -336,13 +334,13 @@ impl Device for Cpu {
             "parts of {} columns end at {ends:?}",
             w.cols
         );
-        let panels = w.panels();
+        let strips = w.strips();
         let to = Shared(sum.as_mut_ptr());
         self.with_input(&[w], x, rows, w.cols, |input| {
-            let tasks = self.tasks(panels, w.lanes * w.cols * rows);
+            let tasks = self.tasks(strips, STRIP * w.lanes * w.cols * rows);
             self.pool.run(tasks, &|i| {
-                let task = part(panels, tasks, i);
-                // SAFETY: shapes were asserted; tasks write different panels, that is, different columns of `sum`.
+                let task = part(strips, tasks, i);
+                // SAFETY: shapes were asserted; tasks write different strips, that is, different columns of `sum`.
                 unsafe { self.multiply(w, ends, task, input, Output::Grid(to.get())) };
             });
         });

@@ -1,4 +1,4 @@
-//! Quantised weights times quantised activations: tiles of one panel by a few rows, or of a few panels by one or two.
+//! Quantised weights times quantised activations: tiles of one panel by a few rows, or of a strip by one or two.
 //!
 //! Each lane adds its blocks in order of the columns, whatever the tile, so a row's result is the same in any company.
 #![allow(clippy::needless_range_loop)] // rows index several arrays at once, and unroll as written
@@ -7,11 +7,11 @@ mod strip;
 
 use std::marker::PhantomData;
 
-pub(crate) use strip::PANELS as STRIP_PANELS;
-
 use super::activations::{XBlock, total};
 use super::bytes::LINE;
-use super::layout::{BLOCK, Matrix, code_bytes, scale_bytes};
+use super::layout::{
+    BLOCK, Matrix, STRIP, block_bytes, code_bytes, codes_at, parts, scales_at, vector_stride,
+};
 use super::simd::{Job, Simd, dispatch, has_strips};
 use crate::device::to_grid;
 use crate::format::Format;
@@ -20,12 +20,18 @@ use crate::isa::Isa;
 /// Bytes of activations that one pass over the panels should keep in the second-level cache.
 const ROWS_BYTES: usize = 256 << 10;
 
-/// How far ahead of a pass over few rows, which waits for memory, the codes are asked for: the processor's own prefetch ends at each
-/// 4 KiB, this one does not.
-const AHEAD_BYTES: usize = 2 << 10;
+/// How far ahead of a pass through a strip its codes are asked for; half of it is too late.
+const AHEAD_BYTES: usize = 8 << 10;
 
-/// Panels that one or two rows go through side by side: memory gives several streams faster than one.
-const SIDE_BY_SIDE: usize = 4;
+/// Rows up to which a strip is multiplied as a whole, two rows at a time. Where vectors are wide, panels are whole cache lines and
+/// taller tiles have registers; a strip of eight bits does not stay in the first-level cache for so many passes.
+const fn strip_rows<S: Simd, C: Codes>() -> usize {
+    match (S::WIDE_TILE, code_bytes(C::FORMAT)) {
+        (true, _) => 3,
+        (false, BLOCK) => 11,
+        (false, _) => usize::MAX,
+    }
+}
 
 /// Rows of `row_bytes` bytes that one pass over the panels takes: whole tiles.
 pub(crate) fn rows_at_once(row_bytes: usize) -> usize {
@@ -35,7 +41,10 @@ pub(crate) fn rows_at_once(row_bytes: usize) -> usize {
 /// Whether so many rows times these matrices are worth strips, on processors that have them: then `x` is biased. Codes of eight bits
 /// are no smaller unpacked, and their products with biased bytes would not fit.
 pub(crate) fn wants_strips(isa: Isa, w: &[&Matrix], rows: usize) -> bool {
-    let pays = |w: &&Matrix| code_bytes(w.format) < BLOCK && rows >= strip::fewest_rows(w.format);
+    let pays = |w: &&Matrix| {
+        !w.format.is_quantised()
+            || code_bytes(w.format) < BLOCK && rows >= strip::fewest_rows(w.format)
+    };
     has_strips(isa) && w.iter().all(pays)
 }
 
@@ -48,12 +57,12 @@ pub(crate) enum Output {
     Grid(*mut f64),
 }
 
-/// `out[r * w.rows + n]` for the weight rows of `panels` and the first `rows` rows of `x`.
+/// `out[r * w.rows + n]` for the weight rows of `strips` and the first `rows` rows of `x`.
 pub(crate) struct MultiplyInts<'a> {
     pub w: &'a Matrix,
     /// Behind which column each part of the matrix ends: one, or several for [`Output::Grid`].
     pub ends: &'a [usize],
-    pub panels: std::ops::Range<usize>,
+    pub strips: std::ops::Range<usize>,
     /// `[rows, stride]`
     pub x: *const XBlock,
     /// Blocks of a row.
@@ -78,7 +87,7 @@ impl<C: Codes> Job for Multiply<'_, C> {
 
 impl MultiplyInts<'_> {
     /// # Safety
-    /// The processor has `isa`; panels, rows and `out` are valid as the fields say.
+    /// The processor has `isa`; strips, rows and `out` are valid as the fields say.
     pub(crate) unsafe fn run(self, isa: Isa) {
         macro_rules! run {
             ($codes:ty) => {
@@ -113,104 +122,98 @@ impl MultiplyInts<'_> {
         let mut first = 0;
         while first < self.rows {
             let end = (first + rows_at_once).min(self.rows);
-            let mut p = self.panels.start;
-            // SAFETY: the panels lie within the matrix, the rows within `x` and `out`.
-            unsafe {
-                if S::TILES && end - first < 4 {
-                    while p + SIDE_BY_SIDE <= self.panels.end {
-                        self.rows::<S, C, SIDE_BY_SIDE>(p, first..end);
-                        p += SIDE_BY_SIDE;
+            for strip in self.strips.clone() {
+                // SAFETY: the strips lie within the matrix, the rows within `x` and `out`.
+                unsafe {
+                    if S::TILES && end - first <= strip_rows::<S, C>() {
+                        self.rows::<S, C, STRIP>(strip, 0, first..end);
+                        continue;
                     }
-                }
-                while p < self.panels.end {
-                    self.rows::<S, C, 1>(p, first..end);
-                    p += 1;
+                    for i in 0..self.w.panels_of(strip) {
+                        self.rows::<S, C, 1>(strip, i, first..end);
+                    }
                 }
             }
             first = end;
         }
     }
 
-    /// `P` panels from `panel` on, times some rows: as few tiles as there are.
+    /// Panels `i..i + P` of a strip, times some rows: as few tiles as there are.
     #[inline(always)]
     unsafe fn rows<S: Simd, C: Codes, const P: usize>(
         &self,
-        panel: usize,
+        strip: usize,
+        i: usize,
         rows: std::ops::Range<usize>,
     ) {
         let (mut r, end) = (rows.start, rows.end);
         // SAFETY: passed on to the caller.
         unsafe {
-            // Panels side by side are for fewer rows.
+            // Whole strips are for fewer rows.
             if S::WIDE_TILE && P == 1 {
                 while end - r >= 8 {
-                    self.tile::<S, C, P, 8>(panel, r);
+                    self.tile::<S, C, P, 8>(strip, i, r);
                     r += 8;
                 }
             }
             if S::TILES {
                 while P == 1 && end - r >= 4 {
-                    self.tile::<S, C, P, 4>(panel, r);
+                    self.tile::<S, C, P, 4>(strip, i, r);
                     r += 4;
                 }
-                if end - r >= 2 {
-                    self.tile::<S, C, P, 2>(panel, r);
+                while end - r >= 2 {
+                    self.tile::<S, C, P, 2>(strip, i, r);
                     r += 2;
                 }
             }
             while r < end {
-                self.tile::<S, C, P, 1>(panel, r);
+                self.tile::<S, C, P, 1>(strip, i, r);
                 r += 1;
             }
         }
     }
 
+    /// Panels `i..i + P` of a strip, of which the last ones may have no rows, times `R` rows.
     #[inline(always)]
     unsafe fn tile<S: Simd, C: Codes, const P: usize, const R: usize>(
         &self,
-        panel: usize,
+        strip: usize,
+        i: usize,
         row: usize,
     ) {
-        // SAFETY: the caller's rows and panels exist; a panel's codes and scales have the sizes of its format.
+        // SAFETY: the caller's rows and strip exist; a strip's codes and scales have the sizes of its format.
         unsafe {
             let x = self.x.add(row * self.stride);
-            let panels: [_; P] = std::array::from_fn(|i| panel_of(self.w, panel + i));
+            let start = self.w.strip(strip).as_ptr();
             let mut first = 0;
             for (part, end) in self.ends.iter().map(|end| end / BLOCK).enumerate() {
                 let mut sums = [[S::splat(0.0); R]; P];
                 for b in first..end {
-                    let at = b * code_bytes(C::FORMAT) * S::LANES;
-                    let codes = panels.map(|(codes, _)| codes.add(at));
-                    if R <= 4 {
-                        for (codes, _) in panels {
-                            ask_for::<S, C, P>(self.w, codes, b);
-                        }
+                    let codes: [_; P] =
+                        std::array::from_fn(|p| start.add(codes_at(C::FORMAT, S::LANES, i + p, b)));
+                    if P == STRIP && code_bytes(C::FORMAT) < BLOCK && row == 0 {
+                        ask_for::<S, C>(start, b);
                     }
                     let mut scales = [(S::splat(0.0), S::splat(0.0)); P];
                     let mut factors = [[S::splat_int(0); 2]; P];
-                    for i in 0..P {
-                        scales[i] = C::scales::<S>(panels[i].1, b);
+                    for p in 0..P {
+                        let own = start.add(scales_at(C::FORMAT, S::LANES, i + p, b));
+                        scales[p] = C::scales::<S>(own, b % parts(C::FORMAT));
                         if C::HALVES {
-                            factors[i] = C::factors::<S>(panels[i].1, b);
+                            factors[p] = C::factors::<S>(own, b % parts(C::FORMAT));
                         }
                     }
                     let x = x.add(b);
                     block::<S, C, P, R>(codes, scales, factors, x, self.stride, &mut sums);
                 }
                 first = end;
-                for (i, sums) in sums.iter().enumerate() {
-                    self.out
-                        .put::<S, R>(sums, self.w, panel + i, row, part == 0);
+                for (p, sums) in sums.iter().enumerate().take(self.w.panels_of(strip) - i) {
+                    let panel = strip * STRIP + i + p;
+                    self.out.put::<S, R>(sums, self.w, panel, row, part == 0);
                 }
             }
         }
     }
-}
-
-/// Where a panel's codes and scales begin.
-fn panel_of(w: &Matrix, panel: usize) -> (*const u8, *const u8) {
-    let panel = &w.data[panel * w.panel_bytes..(panel + 1) * w.panel_bytes];
-    (panel.as_ptr(), panel[w.scales_at..].as_ptr())
 }
 
 impl Output {
@@ -258,26 +261,13 @@ impl Output {
     }
 }
 
-/// Asks for what comes after block `b` of a panel: codes [`AHEAD_BYTES`] on, or where the panel ends those of the panel `panels` later,
-/// and that panel's scales of the same block. A pass that goes from panel to panel computes more on each line and wants it in the
-/// first-level cache; side by side the lines come as fast as memory gives them, more than the first level can wait for.
+/// Asks for the codes that a pass which goes through strips block by block comes to soon.
 #[inline(always)]
-fn ask_for<S: Simd, C: Codes, const P: usize>(w: &Matrix, panel: *const u8, b: usize) {
-    let ask = |at: usize| match P {
-        SIDE_BY_SIDE => S::prefetch_second(panel.wrapping_add(at)),
-        _ => S::prefetch(panel.wrapping_add(at)),
-    };
-    let next = P * w.panel_bytes;
-    let block = code_bytes(C::FORMAT) * S::LANES;
-    let mut ahead = b * block + AHEAD_BYTES;
-    if ahead >= w.scales_at {
-        ahead += next - w.scales_at;
+fn ask_for<S: Simd, C: Codes>(strip: *const u8, b: usize) {
+    let bytes = block_bytes(C::FORMAT, S::LANES) / parts(C::FORMAT);
+    for line in (0..bytes).step_by(LINE) {
+        S::prefetch_second(strip.wrapping_add(b * bytes + AHEAD_BYTES + line));
     }
-    for line in (0..block).step_by(LINE) {
-        ask(ahead + line);
-    }
-    let scales = scale_bytes(C::FORMAT) * S::LANES * BLOCK / C::FORMAT.block_len();
-    ask(next + w.scales_at + b * scales);
 }
 
 /// Adds 32 columns of `P` panels times `R` rows to `sums`.
@@ -472,25 +462,25 @@ unsafe fn widened<S: Simd, const P: usize, const R: usize>(
 unsafe fn chunk<S: Simd, C: Codes, const N: usize>(codes: *const u8) -> S::I {
     // SAFETY: the vectors lie within the block by its format's size.
     unsafe {
-        let vector_bytes = 4 * S::LANES;
+        let stride = vector_stride(C::FORMAT, S::LANES);
         let bits = code_bytes(C::FORMAT);
         if bits == 32 {
-            return S::load_bytes(codes.add(N * vector_bytes));
+            return S::load_bytes(codes.add(N * stride));
         }
         if bits == 24 {
-            let half = codes.add(N / 4 * 3 * vector_bytes);
+            let half = codes.add(N / 4 * 3 * stride);
             if N % 4 < 3 {
-                let six = S::load_bytes(half.add(N % 4 * vector_bytes));
+                let six = S::load_bytes(half.add(N % 4 * stride));
                 return S::and(six, S::splat_byte(0x3f));
             }
             let mut six = S::splat_int(0);
             for j in 0..3 {
-                let two = S::load_bytes(half.add(j * vector_bytes));
+                let two = S::load_bytes(half.add(j * stride));
                 six = S::shr_16::<2>(S::or(six, S::and(two, S::splat_byte(0xc0))));
             }
             return six;
         }
-        let nibbles = S::load_bytes(codes.add(N % 4 * vector_bytes));
+        let nibbles = S::load_bytes(codes.add(N % 4 * stride));
         let nibbles = if N < 4 {
             nibbles
         } else {
@@ -500,7 +490,7 @@ unsafe fn chunk<S: Simd, C: Codes, const N: usize>(codes: *const u8) -> S::I {
         if bits == 16 {
             return low;
         }
-        let fifth = S::load_bytes(codes.add(4 * vector_bytes));
+        let fifth = S::load_bytes(codes.add(4 * stride));
         let fifth = match N {
             0 => S::shl_16::<4>(fifth),
             1 => S::shl_16::<3>(fifth),
@@ -525,18 +515,18 @@ trait Codes {
     /// Each sixteen columns have an integer [factor](Codes::factors) besides.
     const HALVES: bool = false;
 
-    /// The scales of block `b` of a panel.
+    /// A panel's scales of part `i` of a block.
     ///
     /// # Safety
-    /// `scales` are those of a panel of this format with more than `b` blocks.
-    unsafe fn scales<S: Simd>(scales: *const u8, b: usize) -> (S::F, S::F);
+    /// `own` are a panel's scales of a block of this format.
+    unsafe fn scales<S: Simd>(own: *const u8, i: usize) -> (S::F, S::F);
 
-    /// The factors of both halves of block `b` of a panel, where there are any.
+    /// The factors of both halves of part `i`, where there are any.
     ///
     /// # Safety
     /// As of [`scales`](Codes::scales).
     #[inline(always)]
-    unsafe fn factors<S: Simd>(_scales: *const u8, _b: usize) -> [S::I; 2] {
+    unsafe fn factors<S: Simd>(_own: *const u8, _i: usize) -> [S::I; 2] {
         // SAFETY: passed on to the caller.
         unsafe { [S::splat_int(0); 2] }
     }
@@ -550,9 +540,9 @@ macro_rules! plain {
             const FORMAT: Format = $format;
             const ZERO: i32 = $zero;
             #[inline(always)]
-            unsafe fn scales<S: Simd>(scales: *const u8, b: usize) -> (S::F, S::F) {
+            unsafe fn scales<S: Simd>(own: *const u8, _i: usize) -> (S::F, S::F) {
                 // SAFETY: the trait's contract.
-                let d = unsafe { S::load_f16(scales.add(b * 2 * S::LANES).cast()) };
+                let d = unsafe { S::load_f16(own.cast()) };
                 (d, d)
             }
         }
@@ -570,13 +560,12 @@ macro_rules! with_min {
             const FORMAT: Format = $format;
             const MIN: bool = true;
             #[inline(always)]
-            unsafe fn scales<S: Simd>(scales: *const u8, b: usize) -> (S::F, S::F) {
+            unsafe fn scales<S: Simd>(own: *const u8, _i: usize) -> (S::F, S::F) {
                 // SAFETY: the trait's contract.
                 unsafe {
-                    let d = scales.add(b * 4 * S::LANES);
                     (
-                        S::load_f16(d.cast()),
-                        S::load_f16(d.add(2 * S::LANES).cast()),
+                        S::load_f16(own.cast()),
+                        S::load_f16(own.add(2 * S::LANES).cast()),
                     )
                 }
             }
@@ -593,14 +582,13 @@ macro_rules! k_with_min {
             const FORMAT: Format = $format;
             const MIN: bool = true;
             #[inline(always)]
-            unsafe fn scales<S: Simd>(scales: *const u8, b: usize) -> (S::F, S::F) {
+            unsafe fn scales<S: Simd>(own: *const u8, i: usize) -> (S::F, S::F) {
                 // SAFETY: the trait's contract.
                 unsafe {
-                    let d = scales.add(b / 8 * scale_bytes($format) * S::LANES);
-                    let small = d.add((4 + b % 8) * S::LANES);
-                    let scale = S::mul(S::load_f16(d.cast()), S::load_u8(small));
+                    let small = own.add((4 + i) * S::LANES);
+                    let scale = S::mul(S::load_f16(own.cast()), S::load_u8(small));
                     let min = S::mul(
-                        S::load_f16(d.add(2 * S::LANES).cast()),
+                        S::load_f16(own.add(2 * S::LANES).cast()),
                         S::load_u8(small.add(8 * S::LANES)),
                     );
                     (scale, S::sub(S::splat(0.0), min))
@@ -618,20 +606,16 @@ impl Codes for Q6K {
     const ZERO: i32 = 32;
     const HALVES: bool = true;
     #[inline(always)]
-    unsafe fn scales<S: Simd>(scales: *const u8, b: usize) -> (S::F, S::F) {
+    unsafe fn scales<S: Simd>(own: *const u8, _i: usize) -> (S::F, S::F) {
         // SAFETY: the trait's contract.
-        unsafe {
-            let own = scales.add(b / 8 * scale_bytes(Format::Q6_K) * S::LANES);
-            let d = S::load_f16(own.cast());
-            (d, d)
-        }
+        let d = unsafe { S::load_f16(own.cast()) };
+        (d, d)
     }
     #[inline(always)]
-    unsafe fn factors<S: Simd>(scales: *const u8, b: usize) -> [S::I; 2] {
+    unsafe fn factors<S: Simd>(own: *const u8, i: usize) -> [S::I; 2] {
         // SAFETY: the trait's contract.
         unsafe {
-            let own = scales.add(b / 8 * scale_bytes(Format::Q6_K) * S::LANES);
-            let small = own.add((2 + b % 8 * 2) * S::LANES);
+            let small = own.add((2 + 2 * i) * S::LANES);
             [S::load_factors(small), S::load_factors(small.add(S::LANES))]
         }
     }
