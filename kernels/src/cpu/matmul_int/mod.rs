@@ -191,8 +191,11 @@ impl MultiplyInts<'_> {
                 for b in first..end {
                     let codes: [_; P] =
                         std::array::from_fn(|p| start.add(codes_at(C::FORMAT, S::LANES, i + p, b)));
-                    if P == STRIP && code_bytes(C::FORMAT) < BLOCK && row == 0 {
+                    if row == 0 && P == STRIP && code_bytes(C::FORMAT) < BLOCK {
                         ask_for::<S, C>(start, b);
+                    }
+                    if row == 0 && P == 1 {
+                        ask_for_next::<S, C>(self.w, codes[0]);
                     }
                     let mut scales = [(S::splat(0.0), S::splat(0.0)); P];
                     let mut factors = [[S::splat_int(0); 2]; P];
@@ -267,6 +270,16 @@ fn ask_for<S: Simd, C: Codes>(strip: *const u8, b: usize) {
     let bytes = block_bytes(C::FORMAT, S::LANES) / parts(C::FORMAT);
     for line in (0..bytes).step_by(LINE) {
         S::prefetch_second(strip.wrapping_add(b * bytes + AHEAD_BYTES + line));
+    }
+}
+
+/// Asks for the same codes of the next strip: a pass through one panel after the other does not come to a strip's lines in order.
+#[inline(always)]
+fn ask_for_next<S: Simd, C: Codes>(w: &Matrix, codes: *const u8) {
+    for v in 0..code_bytes(C::FORMAT) / 4 {
+        S::prefetch_second(
+            codes.wrapping_add(w.strip_bytes + v * vector_stride(C::FORMAT, S::LANES)),
+        );
     }
 }
 
