@@ -338,3 +338,28 @@ impl Drafter for InTurns {
         self.turns.over(self.side);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sides_step_in_turn_and_the_longer_one_goes_on_alone() {
+        let (turns, order) = (Turns::default(), Mutex::new(Vec::new()));
+        turns.begin(1);
+        std::thread::scope(|scope| {
+            for (side, steps) in [(0, 3), (1, 5)] {
+                let (turns, order) = (&turns, &order);
+                scope.spawn(move || {
+                    for _ in 0..steps {
+                        turns.step(side);
+                        lock(order).push(side);
+                    }
+                    turns.over(side);
+                });
+            }
+        });
+        assert_eq!(*lock(&order), [1, 0, 1, 0, 1, 0, 1, 1]);
+        assert!(turns.seconds(0) > 0.0 && turns.seconds(1) > 0.0);
+    }
+}
