@@ -404,6 +404,10 @@ fn what_is_not_finite_shows_in_every_row_that_sees_it_and_in_none_before() {
                 }
             }
         }
+        assert!(
+            rows(&cpu, format, 0.5, &k, &v) == good,
+            "{isa} {format}: what was left in memory shows"
+        );
     }
 }
 

@@ -4,6 +4,8 @@
 //! vector holds a score of each position, values as `[position, dim]`. Each query meets the blocks of its sequence in order, whatever
 //! other queries are near.
 
+use std::cell::Cell;
+
 use super::kv::Kv;
 use super::simd::{Job, Simd, exp};
 use crate::device::{BLOCK_TOKENS, SeqSpan};
@@ -12,6 +14,11 @@ use crate::device::{BLOCK_TOKENS, SeqSpan};
 const QUERIES: usize = 32;
 /// Query vectors whose scores are computed together, to hide an addition's latency.
 const TOGETHER: usize = 4;
+
+thread_local! {
+    /// Memory of a part, which would take longer to fill with zeros than a short context to attend to.
+    static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
 
 /// A part of the work: some rows of one span, for one KV head.
 pub(crate) struct Part {
@@ -115,11 +122,15 @@ impl Job for Attend<'_> {
         let width = at_once * BLOCK_TOKENS;
         // The last group of queries is computed whole; the surplus is thrown away.
         let padded = queries.next_multiple_of(TOGETHER);
-        let mut scratch = vec![0.0f32; 2 * padded * dim + 2 * at_once * block_len + padded * width];
-        let (q, rest) = scratch.split_at_mut(padded * dim);
+        let floats = 2 * padded * dim + 2 * at_once * block_len + padded * width;
+        // What the last part left there is overwritten, or belongs to the surplus.
+        let mut scratch = SCRATCH.take();
+        scratch.resize(floats.max(scratch.len()), 0.0);
+        let (q, rest) = scratch[..floats].split_at_mut(padded * dim);
         let (acc, rest) = rest.split_at_mut(padded * dim);
         let (keys, rest) = rest.split_at_mut(at_once * block_len);
         let (values, scores) = rest.split_at_mut(at_once * block_len);
+        acc.fill(0.0);
         let mut running = vec![
             Running {
                 largest: f32::NEG_INFINITY,
@@ -133,11 +144,14 @@ impl Job for Attend<'_> {
             let row = span.first_row + self.part.rows.start + i / group;
             (row * self.heads + self.part.kv_head * group + i % group) * head_dim
         };
-        for i in 0..queries {
-            for d in 0..head_dim {
-                // SAFETY: rows and heads were checked against the length of `q`.
-                q[i * dim + d] = unsafe { *self.q.add(at(i) + d) } * scale;
-            }
+        for (i, to) in q.chunks_exact_mut(dim).enumerate().take(queries) {
+            // SAFETY: rows and heads were checked against the length of `q`.
+            let from = unsafe { std::slice::from_raw_parts(self.q.add(at(i)), head_dim) };
+            to[..head_dim]
+                .iter_mut()
+                .zip(from)
+                .for_each(|(to, from)| *to = from * scale);
+            to[head_dim..].fill(0.0);
         }
         let positions = span.context + self.part.rows.end;
         let blocks = &span.blocks[..positions.div_ceil(BLOCK_TOKENS)];
@@ -196,11 +210,13 @@ impl Job for Attend<'_> {
             // SAFETY: as for `q`; each part writes rows and heads of its own.
             unsafe {
                 let total = S::sum(running.total);
-                for d in 0..head_dim {
-                    *self.out.add(at(i) + d) = acc[i * dim + d] / total;
-                }
+                let to = std::slice::from_raw_parts_mut(self.out.add(at(i)), head_dim);
+                to.iter_mut()
+                    .zip(&acc[i * dim..])
+                    .for_each(|(to, acc)| *to = acc / total);
             }
         }
+        SCRATCH.set(scratch);
     }
 }
 
