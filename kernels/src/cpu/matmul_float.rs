@@ -4,7 +4,8 @@
 #![allow(clippy::needless_range_loop)] // rows index several arrays at once, and unroll as written
 
 use super::layout::{Matrix, STRIP, codes_at};
-use super::matmul_int::{Output, rows_at_once};
+use super::matmul_int::rows_at_once;
+use super::output::Output;
 use super::simd::{Job, Simd};
 use crate::format::Format;
 
@@ -102,12 +103,23 @@ impl MultiplyFloats<'_> {
                 .as_ptr()
                 .add(codes_at(W::FORMAT, S::LANES, i, 0));
             let mut first = 0;
-            for (part, &end) in self.ends.iter().enumerate() {
+            let mut totals = [[S::no_grid(); R]; P];
+            for &end in self.ends {
                 let sums = self.part::<S, W, P, R>(panels, x, first..end);
                 first = end;
-                for (p, sums) in sums.iter().enumerate().take(self.w.panels_of(strip) - i) {
+                for p in 0..P {
                     let panel = strip * STRIP + i + p;
-                    self.out.put::<S, R>(sums, self.w, panel, row, part == 0);
+                    for r in 0..R {
+                        let total = &mut totals[p][r];
+                        self.out
+                            .take::<S>(self.w, panel, row + r, sums[p][r], total);
+                    }
+                }
+            }
+            for p in 0..P {
+                for r in 0..R {
+                    let panel = strip * STRIP + i + p;
+                    self.out.finish::<S>(self.w, panel, row + r, totals[p][r]);
                 }
             }
         }

@@ -1,7 +1,7 @@
 //! The processor as a [`Device`]: this file cuts operations into tasks; what a task computes is in the other rooms.
 //!
-//! [`layout`]: packed weights. [`activations`]: rows as bytes. [`matmul_int`], [`matmul_float`], [`kv`], [`attention`],
-//! [`layer`], [`candidates`]: kernels, written once over [`simd`]'s vectors. [`pool`]: the threads. No model and no file format is known here.
+//! [`layout`]: packed weights. [`activations`]: rows as bytes. [`matmul_int`], [`matmul_float`], [`output`], [`kv`],
+//! [`attention`], [`layer`], [`candidates`]: kernels, written once over [`simd`]'s vectors. [`pool`]: the threads. No model and no file format is known here.
 
 mod activations;
 mod attention;
@@ -12,6 +12,7 @@ mod layer;
 mod layout;
 mod matmul_float;
 mod matmul_int;
+mod output;
 mod pool;
 pub(crate) mod simd;
 
@@ -25,7 +26,8 @@ use candidates::Summarise;
 use layer::{AddSum, Angles, RmsNorm, Rotate, SiluGate};
 use layout::{BLOCK, STRIP};
 use matmul_float::MultiplyFloats;
-use matmul_int::{MultiplyInts, Output, wants_strips};
+use matmul_int::{MultiplyInts, wants_strips};
+use output::Output;
 use pool::Pool;
 use simd::{Job, dispatch};
 

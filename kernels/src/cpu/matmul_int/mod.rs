@@ -1,4 +1,5 @@
-//! Quantised weights times quantised activations: tiles of one panel by a few rows, or of a strip by one or two.
+//! Quantised weights times quantised activations: tiles of one panel by a few rows, of a strip by one or two, or of half a
+//! strip by four.
 //!
 //! Each lane adds its blocks in order of the columns, whatever the tile, so a row's result is the same in any company.
 #![allow(clippy::needless_range_loop)] // rows index several arrays at once, and unroll as written
@@ -12,8 +13,8 @@ use super::bytes::LINE;
 use super::layout::{
     BLOCK, Matrix, STRIP, block_bytes, code_bytes, codes_at, parts, scales_at, vector_stride,
 };
+use super::output::Output;
 use super::simd::{Job, Simd, dispatch, has_strips};
-use crate::device::to_grid;
 use crate::format::Format;
 use crate::isa::Isa;
 
@@ -23,7 +24,7 @@ const ROWS_BYTES: usize = 256 << 10;
 /// How far ahead of a pass through a strip its codes are asked for, by measurement: 3 KiB come too late.
 const AHEAD_BYTES: usize = 8 << 10;
 
-/// Rows up to which a strip is multiplied as a whole, two rows at a time. Where vectors are wide, panels are whole cache lines and
+/// Rows up to which a strip is multiplied as a whole, a few rows at a time. Where vectors are wide, panels are whole cache lines and
 /// taller tiles have registers; a strip of eight bits does not stay in the first-level cache for so many passes.
 const fn strip_rows<S: Simd, C: Codes>() -> usize {
     match (S::WIDE_TILE, code_bytes(C::FORMAT)) {
@@ -35,7 +36,11 @@ const fn strip_rows<S: Simd, C: Codes>() -> usize {
 
 /// Rows of `row_bytes` bytes that one pass over the panels takes: whole tiles.
 pub(crate) fn rows_at_once(row_bytes: usize) -> usize {
-    (ROWS_BYTES / row_bytes.max(1)).next_multiple_of(8).max(8)
+    rows_within(ROWS_BYTES, row_bytes)
+}
+
+fn rows_within(bytes: usize, row_bytes: usize) -> usize {
+    (bytes / row_bytes.max(1)).next_multiple_of(8).max(8)
 }
 
 /// Whether so many rows times these matrices are worth strips, on processors that have them: then `x` is biased. Codes of eight bits
@@ -46,15 +51,6 @@ pub(crate) fn wants_strips(isa: Isa, w: &[&Matrix], rows: usize) -> bool {
             || code_bytes(w.format) < BLOCK && rows >= strip::fewest_rows(w.format)
     };
     has_strips(isa) && w.iter().all(pays)
-}
-
-/// Where a product goes: `[rows, w.rows]`.
-#[derive(Clone, Copy)]
-pub(crate) enum Output {
-    /// Of one matrix.
-    Floats(*mut f32),
-    /// Of the parts of one matrix: each rounded [`to_grid`], and added up in order.
-    Grid(*mut f64),
 }
 
 /// `out[r * w.rows + n]` for the weight rows of `strips` and the first `rows` rows of `x`.
@@ -126,7 +122,7 @@ impl MultiplyInts<'_> {
                 // SAFETY: the strips lie within the matrix, the rows within `x` and `out`.
                 unsafe {
                     if S::TILES && end - first <= strip_rows::<S, C>() {
-                        self.rows::<S, C, STRIP>(strip, 0, first..end);
+                        self.whole::<S, C>(strip, first..end);
                         continue;
                     }
                     for i in 0..self.w.panels_of(strip) {
@@ -135,6 +131,22 @@ impl MultiplyInts<'_> {
                 }
             }
             first = end;
+        }
+    }
+
+    /// A strip times a few rows. Four rows of half of it unpack codes half as often as two rows of all of it, and take as many
+    /// registers; codes of eight bits are not unpacked.
+    #[inline(always)]
+    unsafe fn whole<S: Simd, C: Codes>(&self, strip: usize, mut rows: std::ops::Range<usize>) {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            while !S::WIDE_TILE && code_bytes(C::FORMAT) < BLOCK && rows.len() >= 4 {
+                for i in (0..STRIP).step_by(2) {
+                    self.tile::<S, C, 2, 4>(strip, i, rows.start);
+                }
+                rows.start += 4;
+            }
+            self.rows::<S, C, STRIP>(strip, 0, rows);
         }
     }
 
@@ -186,12 +198,13 @@ impl MultiplyInts<'_> {
             let x = self.x.add(row * self.stride);
             let start = self.w.strip(strip).as_ptr();
             let mut first = 0;
-            for (part, end) in self.ends.iter().map(|end| end / BLOCK).enumerate() {
+            let mut totals = [[S::no_grid(); R]; P];
+            for end in self.ends.iter().map(|end| end / BLOCK) {
                 let mut sums = [[S::splat(0.0); R]; P];
                 for b in first..end {
                     let codes: [_; P] =
                         std::array::from_fn(|p| start.add(codes_at(C::FORMAT, S::LANES, i + p, b)));
-                    if row == 0 && P == STRIP && code_bytes(C::FORMAT) < BLOCK {
+                    if row == 0 && P > 1 && i == 0 && code_bytes(C::FORMAT) < BLOCK {
                         ask_for::<S, C>(start, b);
                     }
                     if row == 0 && P == 1 {
@@ -210,54 +223,19 @@ impl MultiplyInts<'_> {
                     block::<S, C, P, R>(codes, scales, factors, x, self.stride, &mut sums);
                 }
                 first = end;
-                for (p, sums) in sums.iter().enumerate().take(self.w.panels_of(strip) - i) {
+                for p in 0..P {
                     let panel = strip * STRIP + i + p;
-                    self.out.put::<S, R>(sums, self.w, panel, row, part == 0);
+                    for r in 0..R {
+                        let total = &mut totals[p][r];
+                        self.out
+                            .take::<S>(self.w, panel, row + r, sums[p][r], total);
+                    }
                 }
             }
-        }
-    }
-}
-
-impl Output {
-    /// Takes one part's lanes of a tile whose first row is `row`: writes those that are rows of the matrix, or adds them to what the
-    /// parts before wrote.
-    ///
-    /// # Safety
-    /// The output is valid for rows `row..row + R` of the matrix' height.
-    #[inline(always)]
-    pub(crate) unsafe fn put<S: Simd, const R: usize>(
-        self,
-        sums: &[S::F; R],
-        w: &Matrix,
-        panel: usize,
-        row: usize,
-        first_part: bool,
-    ) {
-        let first = panel * S::LANES;
-        let lanes = S::LANES.min(w.rows - first);
-        for (r, &sum) in sums.iter().enumerate() {
-            let at = (row + r) * w.rows + first;
-            let mut all = [0.0f32; 16];
-            // SAFETY: a whole vector is written only where that many rows of the matrix follow, or to `all`.
-            unsafe {
-                match self {
-                    Output::Floats(out) if lanes == S::LANES => S::store(out.add(at), sum),
-                    Output::Floats(out) => {
-                        S::store(all.as_mut_ptr(), sum);
-                        std::ptr::copy_nonoverlapping(all.as_ptr(), out.add(at), lanes);
-                    }
-                    Output::Grid(out) if lanes == S::LANES && first_part => {
-                        S::store_grid(out.add(at), sum)
-                    }
-                    Output::Grid(out) if lanes == S::LANES => S::add_grid(out.add(at), sum),
-                    Output::Grid(out) => {
-                        S::store(all.as_mut_ptr(), sum);
-                        for (i, &lane) in all[..lanes].iter().enumerate() {
-                            let out = out.add(at + i);
-                            *out = if first_part { 0.0 } else { *out } + to_grid(lane);
-                        }
-                    }
+            for p in 0..P {
+                for r in 0..R {
+                    let panel = strip * STRIP + i + p;
+                    self.out.finish::<S>(self.w, panel, row + r, totals[p][r]);
                 }
             }
         }

@@ -6,22 +6,25 @@
 //!
 //! The integers are the same as a tile's, and so is the arithmetic after them: a row's result does not tell which way it took.
 
-use super::{Codes, MultiplyInts, ask_for, chunk, rows_at_once};
+use super::{Codes, MultiplyInts, ask_for, chunk, rows_within};
 use crate::cpu::activations::{BIAS, XBlock};
 use crate::cpu::bytes::LINE;
 use crate::cpu::layout::{BLOCK, STRIP, code_bytes, codes_at, parts, scales_at};
 use crate::cpu::simd::Simd;
 use crate::format::Format;
 
-/// Rows from which on unpacking pays, by measurement: sooner where codes take more instructions to unpack, later where they need no
-/// zero taken off.
+/// Rows from which on unpacking pays, by measurement: sooner where codes take more instructions to unpack.
 pub(crate) const fn fewest_rows(format: Format) -> usize {
     match format {
-        Format::Q6_K => 6,
-        Format::Q4_1 | Format::Q4_K => 32,
+        Format::Q4_1 => 32,
+        Format::Q4_0 | Format::Q4_K => 16,
         _ => 12,
     }
 }
+
+/// Bytes of activations that one pass takes. They need not stay in the second-level cache, since a row is asked for while the one before
+/// is multiplied: a fourth of this costs 7 % where rows are long, as strips are unpacked anew for each pass, eight times as much nothing.
+const ROWS_BYTES: usize = 1 << 20;
 
 /// What the first-level cache holds of a strip's blocks and their extras, beside a row.
 const PIECE_BYTES: usize = 24 << 10;
@@ -32,9 +35,11 @@ const fn piece_blocks<S: Simd, C: Codes>() -> usize {
     if fit < 16 { fit } else { 16 }
 }
 
-/// What the unpacked codes have been moved down by, so that they are signed.
+/// What the unpacked codes have been moved down by. Four bits with a minimum stay as they are: 127 · 15 times sixteen columns fit into
+/// 16 bits.
 const fn centre<C: Codes>() -> i32 {
     match code_bytes(C::FORMAT) {
+        16 if C::MIN => 0,
         16 => 8,
         20 => 16,
         _ => 32,
@@ -61,26 +66,32 @@ const fn block_bytes<S: Simd, C: Codes>() -> usize {
 struct Line(#[expect(dead_code, reason = "memory, used through pointers")] [u8; LINE]);
 
 /// Memory of one pass.
-struct Room {
+struct Room<F, G> {
     piece: Vec<Line>,
-    /// `[rows, panels, lanes]`: the sums so far.
-    sums: Vec<f32>,
+    /// Each row's sums so far in this part.
+    sums: Vec<[F; STRIP]>,
+    /// Each row's totals of the parts before.
+    totals: Vec<[G; STRIP]>,
 }
 
 impl MultiplyInts<'_> {
-    /// All panels, some rows at a time that stay in the second-level cache.
+    /// All panels, some rows at a time.
     ///
     /// # Safety
     /// As [`MultiplyInts`].
     #[inline(always)]
     pub(super) unsafe fn strips<S: Simd, C: Codes>(self) {
-        let rows_at_once = rows_at_once(self.stride * size_of::<XBlock>());
+        let rows_at_once = rows_within(ROWS_BYTES, self.stride * size_of::<XBlock>());
+        let most = rows_at_once.min(self.rows);
         let mut room = Room {
             piece: vec![
                 Line([0; LINE]);
                 (piece_blocks::<S, C>() * block_bytes::<S, C>()).div_ceil(LINE)
             ],
-            sums: vec![0.0; rows_at_once * STRIP * S::LANES],
+            // SAFETY: passed on to the caller.
+            sums: vec![[unsafe { S::splat(0.0) }; STRIP]; most],
+            // SAFETY: as above.
+            totals: vec![[unsafe { S::no_grid() }; STRIP]; most],
         };
         let mut first = 0;
         while first < self.rows {
@@ -99,43 +110,48 @@ impl MultiplyInts<'_> {
         &self,
         strip: usize,
         rows: std::ops::Range<usize>,
-        room: &mut Room,
+        room: &mut Room<S::F, S::Grid>,
     ) {
-        let blocks = self.w.cols / BLOCK;
         let codes = self.w.strip(strip);
-        let panels = self.w.panels_of(strip);
-        let (mut part, mut begins) = (0, true);
-        for piece_start in (0..blocks).step_by(piece_blocks::<S, C>()) {
-            let piece_end = (piece_start + piece_blocks::<S, C>()).min(blocks);
-            // SAFETY: the strip has these blocks, and the room is for as many.
-            unsafe { unpack::<S, C>(codes, piece_start..piece_end, &mut room.piece) };
-            // What of each part lies in this piece.
-            let mut first = piece_start;
-            while first < piece_end {
-                let part_end = self.ends.get(part).map_or(blocks, |end| end / BLOCK);
-                let end = part_end.min(piece_end);
-                for (r, kept) in rows
-                    .clone()
-                    .zip(room.sums.chunks_exact_mut(STRIP * S::LANES))
-                {
+        // SAFETY: passed on to the caller.
+        room.totals.fill([unsafe { S::no_grid() }; STRIP]);
+        let mut first = 0;
+        for part_end in self.ends.iter().map(|end| end / BLOCK) {
+            let part_first = first;
+            while first < part_end {
+                let end = part_end.min(first + piece_blocks::<S, C>());
+                // SAFETY: the strip has these blocks, and the room is for as many.
+                unsafe { unpack::<S, C>(codes, first..end, &mut room.piece) };
+                let piece = room.piece.as_ptr().cast::<u8>();
+                let kept = room.sums.iter_mut().zip(&mut room.totals);
+                for (r, (kept, totals)) in rows.clone().zip(kept) {
                     // SAFETY: the blocks lie within the piece and within `x`'s rows; rows and panels are the caller's.
                     unsafe {
-                        let piece = room.piece.as_ptr().cast::<u8>();
-                        let piece = piece.add((first - piece_start) * block_bytes::<S, C>());
                         let x = self.x.add(r * self.stride + first);
-                        row::<S, C>(piece, x, self.stride, end - first, begins, kept);
-                        if end == part_end {
-                            for (i, sum) in kept.chunks_exact(S::LANES).enumerate().take(panels) {
-                                let panel = strip * STRIP + i;
-                                let sum = [S::load(sum.as_ptr())];
-                                self.out.put::<S, 1>(&sum, self.w, panel, r, part == 0);
-                            }
+                        let begun = if first > part_first {
+                            *kept
+                        } else {
+                            [S::splat(0.0); STRIP]
+                        };
+                        let sums = row::<S, C>(piece, x, self.stride, end - first, begun);
+                        if end < part_end {
+                            *kept = sums;
+                            continue;
+                        }
+                        for i in 0..STRIP {
+                            let panel = strip * STRIP + i;
+                            self.out
+                                .take::<S>(self.w, panel, r, sums[i], &mut totals[i]);
                         }
                     }
                 }
-                begins = end == part_end;
-                part += usize::from(begins);
                 first = end;
+            }
+        }
+        for (r, totals) in rows.zip(&room.totals) {
+            for (i, &total) in totals.iter().enumerate() {
+                // SAFETY: rows and panels are the caller's.
+                unsafe { self.out.finish::<S>(self.w, strip * STRIP + i, r, total) };
             }
         }
     }
@@ -192,7 +208,7 @@ unsafe fn unpack<S: Simd, C: Codes>(
     }
 }
 
-/// One row times a piece, added to what `kept` holds of the pieces before.
+/// One row times a piece, added to the `sums` of the pieces before.
 ///
 /// # Safety
 /// As [`Simd`]; `piece` has `blocks` blocks, `x` as many.
@@ -202,22 +218,14 @@ unsafe fn row<S: Simd, C: Codes>(
     x: *const XBlock,
     stride: usize,
     blocks: usize,
-    begins: bool,
-    kept: &mut [f32],
-) {
-    debug_assert_eq!(kept.len(), STRIP * S::LANES);
-    let (vector, kept) = (4 * S::LANES, kept.as_mut_ptr());
+    mut sums: [S::F; STRIP],
+) -> [S::F; STRIP] {
+    let vector = 4 * S::LANES;
     // SAFETY: by the contract.
     unsafe {
-        let mut sums = [S::splat(0.0); STRIP];
-        if !begins {
-            for (i, sum) in sums.iter_mut().enumerate() {
-                *sum = S::load(kept.add(i * S::LANES));
-            }
-        }
         for b in 0..blocks {
             let codes = piece.add(b * block_bytes::<S, C>());
-            // The next row's, which the second-level cache has.
+            // The next row's, which a farther cache has.
             S::prefetch(x.wrapping_add(b + stride).cast());
             let x = &*x.add(b);
             let d = S::splat(x.d);
@@ -225,7 +233,7 @@ unsafe fn row<S: Simd, C: Codes>(
                 codes.add((8 * STRIP + i * extras::<C>() + which) * vector)
             };
             // Sums of 16 bits begin with what takes the activations' bias off, and may wrap on their way: at the end they are those of
-            // signed activations, of which 127 · 8 or 16 times sixteen columns, or 127 · 32 times eight, fit.
+            // signed activations, of which 127 times 8, 15 or 16 times sixteen columns, or 127 · 32 times eight, fit.
             macro_rules! dots {
                 ($bias:literal: $($n:literal)*) => {{
                     let mut dots = [S::splat_int(0); STRIP];
@@ -259,11 +267,12 @@ unsafe fn row<S: Simd, C: Codes>(
                     ints[i] = S::widen(dots[i]);
                 }
             }
-            // The format's codes begin at zero, ours at minus `centre`.
-            let below = S::splat_int(-x.negative_sum() * centre::<C>());
+            // What our codes are lower by than the format's.
+            let below = centre::<C>() - C::ZERO;
+            let below_sum = S::splat_int(-x.negative_sum() * below);
             for i in 0..STRIP {
-                if C::ZERO == 0 {
-                    ints[i] = S::add_32(ints[i], below);
+                if below != 0 {
+                    ints[i] = S::add_32(ints[i], below_sum);
                 }
                 let scaled = S::mul(S::int_to_float(ints[i]), d);
                 sums[i] = S::fma(scaled, S::load(extra(i, 0).cast()), sums[i]);
@@ -275,8 +284,6 @@ unsafe fn row<S: Simd, C: Codes>(
                 }
             }
         }
-        for (i, &sum) in sums.iter().enumerate() {
-            S::store(kept.add(i * S::LANES), sum);
-        }
     }
+    sums
 }

@@ -44,6 +44,7 @@ impl Simd for Avx2 {
     const BIASED_BYTES: bool = false;
     type F = __m256;
     type I = __m256i;
+    type Grid = [__m256d; 2];
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m256 {
@@ -153,31 +154,26 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn store_grid(p: *mut f64, v: __m256) {
+    unsafe fn no_grid() -> [__m256d; 2] {
+        unsafe { [_mm256_setzero_pd(); 2] }
+    }
+    #[inline(always)]
+    unsafe fn add_grid(mut sum: [__m256d; 2], v: __m256) -> [__m256d; 2] {
         unsafe {
             let shift = _mm256_set1_pd(GRID_SHIFT);
-            for (i, half) in [_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v)]
-                .into_iter()
-                .enumerate()
-            {
-                let wide = _mm256_cvtps_pd(half);
-                let on_grid = _mm256_sub_pd(_mm256_add_pd(wide, shift), shift);
-                _mm256_storeu_pd(p.add(4 * i), on_grid);
+            let halves = [_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v)];
+            for (sum, half) in sum.iter_mut().zip(halves) {
+                let on_grid = _mm256_sub_pd(_mm256_add_pd(_mm256_cvtps_pd(half), shift), shift);
+                *sum = _mm256_add_pd(*sum, on_grid);
             }
+            sum
         }
     }
     #[inline(always)]
-    unsafe fn add_grid(p: *mut f64, v: __m256) {
+    unsafe fn store_grid(p: *mut f64, sum: [__m256d; 2]) {
         unsafe {
-            let mut on_grid = [0.0; 8];
-            Self::store_grid(on_grid.as_mut_ptr(), v);
-            for i in [0, 4] {
-                let sum = _mm256_add_pd(
-                    _mm256_loadu_pd(p.add(i)),
-                    _mm256_loadu_pd(on_grid.as_ptr().add(i)),
-                );
-                _mm256_storeu_pd(p.add(i), sum);
-            }
+            _mm256_storeu_pd(p, sum[0]);
+            _mm256_storeu_pd(p.add(4), sum[1]);
         }
     }
 

@@ -39,6 +39,7 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     const BIASED_BYTES: bool = VNNI;
     type F = __m512;
     type I = __m512i;
+    type Grid = [__m512d; 2];
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m512 {
@@ -149,31 +150,26 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     }
 
     #[inline(always)]
-    unsafe fn store_grid(p: *mut f64, v: __m512) {
+    unsafe fn no_grid() -> [__m512d; 2] {
+        unsafe { [_mm512_setzero_pd(); 2] }
+    }
+    #[inline(always)]
+    unsafe fn add_grid(mut sum: [__m512d; 2], v: __m512) -> [__m512d; 2] {
         unsafe {
             let shift = _mm512_set1_pd(GRID_SHIFT);
-            for (i, half) in [_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v)]
-                .into_iter()
-                .enumerate()
-            {
-                let wide = _mm512_cvtps_pd(half);
-                let on_grid = _mm512_sub_pd(_mm512_add_pd(wide, shift), shift);
-                _mm512_storeu_pd(p.add(8 * i), on_grid);
+            let halves = [_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v)];
+            for (sum, half) in sum.iter_mut().zip(halves) {
+                let on_grid = _mm512_sub_pd(_mm512_add_pd(_mm512_cvtps_pd(half), shift), shift);
+                *sum = _mm512_add_pd(*sum, on_grid);
             }
+            sum
         }
     }
     #[inline(always)]
-    unsafe fn add_grid(p: *mut f64, v: __m512) {
+    unsafe fn store_grid(p: *mut f64, sum: [__m512d; 2]) {
         unsafe {
-            let mut on_grid = [0.0; 16];
-            Self::store_grid(on_grid.as_mut_ptr(), v);
-            for i in [0, 8] {
-                let sum = _mm512_add_pd(
-                    _mm512_loadu_pd(p.add(i)),
-                    _mm512_loadu_pd(on_grid.as_ptr().add(i)),
-                );
-                _mm512_storeu_pd(p.add(i), sum);
-            }
+            _mm512_storeu_pd(p, sum[0]);
+            _mm512_storeu_pd(p.add(8), sum[1]);
         }
     }
 

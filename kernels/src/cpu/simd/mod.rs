@@ -73,6 +73,8 @@ pub(crate) trait Simd: Copy + 'static {
     const BIASED_BYTES: bool;
     type F: Copy;
     type I: Copy;
+    /// Sums of `f64`, one for each lane of `F`.
+    type Grid: Copy;
 
     /// Asks for the cache line at `p`, which may lie anywhere.
     #[inline(always)]
@@ -131,10 +133,11 @@ pub(crate) trait Simd: Copy + 'static {
     /// The largest lane, where none is NaN.
     unsafe fn max_across(a: Self::F) -> f32;
 
-    /// [`to_grid`](crate::device::to_grid) of each lane.
-    unsafe fn store_grid(p: *mut f64, v: Self::F);
-    /// The same, added to what is there.
-    unsafe fn add_grid(p: *mut f64, v: Self::F);
+    /// Zeros.
+    unsafe fn no_grid() -> Self::Grid;
+    /// Adds [`to_grid`](crate::device::to_grid) of each lane.
+    unsafe fn add_grid(sum: Self::Grid, v: Self::F) -> Self::Grid;
+    unsafe fn store_grid(p: *mut f64, sum: Self::Grid);
 
     unsafe fn load_bytes(p: *const u8) -> Self::I;
     unsafe fn store_bytes(p: *mut u8, v: Self::I);

@@ -43,6 +43,7 @@ impl Simd for Scalar {
     const BIASED_BYTES: bool = false;
     type F = F;
     type I = I;
+    type Grid = [f64; LANES];
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> F {
@@ -141,19 +142,19 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
-    unsafe fn store_grid(p: *mut f64, v: F) {
-        // SAFETY: the trait's contract.
-        unsafe { p.cast::<[f64; LANES]>().write_unaligned(v.map(to_grid)) }
+    unsafe fn no_grid() -> [f64; LANES] {
+        [0.0; LANES]
     }
     #[inline(always)]
-    unsafe fn add_grid(p: *mut f64, v: F) {
-        // SAFETY: the trait's contract.
-        unsafe {
-            let p = p.cast::<[f64; LANES]>();
-            let there = p.read_unaligned();
-            p.write_unaligned(std::array::from_fn(|i| there[i] + to_grid(v[i])));
-        }
+    unsafe fn add_grid(sum: [f64; LANES], v: F) -> [f64; LANES] {
+        std::array::from_fn(|i| sum[i] + to_grid(v[i]))
     }
+    #[inline(always)]
+    unsafe fn store_grid(p: *mut f64, sum: [f64; LANES]) {
+        // SAFETY: the trait's contract.
+        unsafe { p.cast::<[f64; LANES]>().write_unaligned(sum) }
+    }
+
     #[inline(always)]
     unsafe fn load_bytes(p: *const u8) -> I {
         // SAFETY: the trait's contract.
