@@ -23,7 +23,7 @@ fn multiply(cpu: &Cpu, w: WeightRows<'_>, x: &[f32], rows: usize) -> Vec<f32> {
 
 fn seen(format: Format, x: &[f32]) -> Vec<f64> {
     if format.is_quantised() {
-        rounded(x)
+        rounded(x, format)
     } else {
         x.iter().map(|&x| f64::from(x)).collect()
     }
@@ -81,7 +81,7 @@ fn codes_and_activations_at_their_limits_do_not_overflow() {
                     };
                     // One row, and as many as are taken by other kernels.
                     let x = vec![sign * 3.0; cols];
-                    let exact = w.times(&rounded(&x));
+                    let exact = w.times(&rounded(&x, format));
                     let mut products = multiply(&cpu, w.view(), &x, 1);
                     products.extend(multiply(&cpu, w.view(), &x.repeat(33), 33));
                     assert_eq!(products.len(), 34 * exact.len());

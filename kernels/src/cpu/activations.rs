@@ -3,14 +3,17 @@
 use super::layout::BLOCK;
 use super::simd::{Job, Simd};
 
-/// 32 activations of one row: `x ≈ d * q`, with sums that stand in for the weights' zero points and minima.
+/// 32 activations of one row: `x ≈ d * 2^shift * q`, with sums that stand in for the weights' zero points and minima. Eight that meet one
+/// block of a K-quant share `d`, so that all its products are summed as integers; the shift keeps small ones beside large ones.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(crate) struct XBlock {
     /// Bytes in [-127, 127], or [`BIAS`] more, as the kernel wants them: four a word.
     pub q: [u32; BLOCK / 4],
     pub d: f32,
-    /// `d * Σ q`.
+    /// At most [`MOST_SHIFT`]; zero where a block has a scale of its own.
+    pub shift: u32,
+    /// `d * 2^shift * Σ q`.
     pub d_sum: f32,
     /// `-Σ q`, apart for even and odd pairs of columns: as products are summed where they are summed in 16 bits.
     pub negative: [i16; 2],
@@ -38,17 +41,22 @@ pub(crate) fn total(pairs: [i16; 2]) -> i32 {
     i32::from(pairs[0]) + i32::from(pairs[1])
 }
 
+/// Products of 32 codes of six bits, their factors, eight parts and so many doublings fit into 32 bits: 32 · 32 · 127 · 128 · 8 · 8.
+const MOST_SHIFT: u32 = 3;
+
 /// What is added to each byte where a kernel wants them unsigned.
 pub(crate) const BIAS: u8 = 128;
 
 /// Below this largest magnitude a block counts as zeros: its inverse would overflow.
 const SMALLEST: f32 = 1e-35;
 
-/// Quantises `blocks` blocks, from `x` to `out`. A block with a value that is not finite gets a scale of NaN.
+/// Quantises `blocks` blocks, from `x` to `out`. Where a value is not finite, the scale is NaN.
 pub(crate) struct Quantise {
     pub x: *const f32,
     pub out: *mut XBlock,
     pub blocks: usize,
+    /// So many blocks share a scale.
+    pub group: usize,
     /// Adds [`BIAS`].
     pub biased: bool,
 }
@@ -57,42 +65,76 @@ impl Job for Quantise {
     type Out = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        for b in 0..self.blocks {
+        for first in (0..self.blocks).step_by(self.group) {
             // SAFETY: `x` is valid for 32 reads a block and `out` for one write, by whoever made the job.
             unsafe {
-                let mut block = quantise::<S>(self.x.add(b * BLOCK));
-                if self.biased {
-                    block.q = block.q.map(|four| four ^ FOUR_BIASES);
+                // What is not finite shows in the whole group.
+                let mut unit = largest::<S>(self.x.add(first * BLOCK), self.group * BLOCK);
+                if self.group > 1 {
+                    unit /= (1 << MOST_SHIFT) as f32;
                 }
-                self.out.add(b).write(block);
+                for b in first..first + self.group {
+                    let x = self.x.add(b * BLOCK);
+                    let (mut range, mut shift) = (unit, 0);
+                    if self.group > 1 {
+                        let largest = largest::<S>(x, BLOCK);
+                        while shift < MOST_SHIFT && largest > range {
+                            (range, shift) = (2.0 * range, shift + 1);
+                        }
+                    }
+                    let mut block = quantise::<S>(x, range);
+                    block.d = unit / 127.0;
+                    block.shift = shift;
+                    if self.biased {
+                        block.q = block.q.map(|four| four ^ FOUR_BIASES);
+                    }
+                    self.out.add(b).write(block);
+                }
             }
         }
     }
 }
 
+/// The largest magnitude, or NaN where one is not finite.
+///
 /// # Safety
-/// `x` is valid for 32 reads.
+/// `x` is valid for `len` reads, a multiple of 32.
 #[inline(always)]
-unsafe fn quantise<S: Simd>(x: *const f32) -> XBlock {
-    // SAFETY: LANES divides 32, so every vector lies within the block; the rest is passed on to the caller.
+unsafe fn largest<S: Simd>(x: *const f32, len: usize) -> f32 {
+    // SAFETY: LANES divides 32, so every vector lies within the floats; the rest is passed on to the caller.
     unsafe {
         let mut largest = S::splat(0.0);
         let mut finite = S::splat(0.0);
-        for i in (0..BLOCK).step_by(S::LANES) {
+        for i in (0..len).step_by(S::LANES) {
             let v = S::load(x.add(i));
             largest = S::max(S::abs(v), largest);
             finite = S::fma(v, S::splat(0.0), finite);
         }
-        let largest = S::max_across(largest);
+        if S::sum(finite) == 0.0 {
+            S::max_across(largest)
+        } else {
+            f32::NAN
+        }
+    }
+}
+
+/// A block of magnitudes up to `largest`.
+///
+/// # Safety
+/// `x` is valid for 32 reads.
+#[inline(always)]
+unsafe fn quantise<S: Simd>(x: *const f32, largest: f32) -> XBlock {
+    // SAFETY: LANES divides 32, so every vector lies within the block; the rest is passed on to the caller.
+    unsafe {
         let mut block = XBlock {
             q: [0; BLOCK / 4],
             d: 0.0,
+            shift: 0,
             d_sum: 0.0,
             negative: [0; 2],
             negative_first: [0; 2],
         };
-        if S::sum(finite) != 0.0 {
-            block.d = f32::NAN;
+        if largest.is_nan() {
             block.d_sum = f32::NAN;
         } else if largest > SMALLEST {
             let inverse = S::splat(127.0 / largest);
@@ -107,8 +149,7 @@ unsafe fn quantise<S: Simd>(x: *const f32) -> XBlock {
             let (first, last) = (first.iter().sum::<u32>(), last.iter().sum::<u32>());
             block.negative_first = less_biases(first, 16);
             block.negative = less_biases(first + last, 32);
-            block.d = largest / 127.0;
-            block.d_sum = block.d * -block.negative_sum() as f32;
+            block.d_sum = largest / 127.0 * -block.negative_sum() as f32;
         }
         block
     }

@@ -24,7 +24,7 @@ pub use layout::Matrix;
 use activations::{Quantise, XBlock};
 use candidates::Summarise;
 use layer::{AddSum, Angles, RmsNorm, Rotate, SiluGate};
-use layout::{BLOCK, STRIP};
+use layout::{BLOCK, STRIP, parts};
 use matmul_float::MultiplyFloats;
 use matmul_int::{MultiplyInts, wants_strips};
 use output::Output;
@@ -120,7 +120,7 @@ impl Cpu {
         let blocks = kept.as_deref_mut().unwrap_or(&mut own);
         let biased = wants_strips(self.isa, w, rows);
         if w.iter().any(|w| w.format.is_quantised()) {
-            self.quantise(x, rows, cols, biased, blocks);
+            self.quantise(x, rows, cols, biased, group(w), blocks);
         }
         f(&Input {
             floats: x,
@@ -174,7 +174,15 @@ impl Cpu {
         }
     }
 
-    fn quantise(&self, x: &[f32], rows: usize, cols: usize, biased: bool, out: &mut Vec<XBlock>) {
+    fn quantise(
+        &self,
+        x: &[f32],
+        rows: usize,
+        cols: usize,
+        biased: bool,
+        group: usize,
+        out: &mut Vec<XBlock>,
+    ) {
         let blocks = cols / BLOCK;
         out.clear();
         out.reserve(rows * blocks);
@@ -185,6 +193,7 @@ impl Cpu {
                 // SAFETY: within the reserved memory.
                 out: unsafe { to.get().add(first * blocks) },
                 blocks: count * blocks,
+                group,
                 biased,
             };
             // SAFETY: `x` has these rows, `out` room for their blocks; tasks do not overlap.
@@ -193,6 +202,11 @@ impl Cpu {
         // SAFETY: every block was written.
         unsafe { out.set_len(rows * blocks) };
     }
+}
+
+/// Blocks of activations that share a scale for such matrices: what one block of theirs meets.
+fn group(w: &[&Matrix]) -> usize {
+    w.iter().map(|w| parts(w.format)).max().unwrap_or(1)
 }
 
 /// Part `i` of `strips` strips that are cut into `tasks` tasks.
@@ -279,6 +293,19 @@ impl Device for Cpu {
     fn matmul(&self, w: &[&Matrix], x: &Vec<f32>, rows: usize, out: &mut [&mut Vec<f32>]) {
         assert_eq!(w.len(), out.len(), "an output for each matrix");
         let Some(first) = w.first() else { return };
+        if w.iter().any(|w| group(&[w]) != group(&[first])) {
+            // What one matrix gives does not depend on which others share its rows.
+            let (like, unlike): (Vec<_>, Vec<_>) = w
+                .iter()
+                .zip(out)
+                .partition(|(w, _)| group(&[w]) == group(&[first]));
+            for some in [like, unlike] {
+                let (w, mut out): (Vec<_>, Vec<_>) =
+                    some.into_iter().map(|(w, out)| (*w, &mut **out)).unzip();
+                self.matmul(&w, x, rows, &mut out);
+            }
+            return;
+        }
         let cols = first.cols;
         assert!(
             x.len() >= rows * cols,
@@ -328,7 +355,7 @@ impl Device for Cpu {
         );
         assert_eq!(sum.len(), rows * w.rows, "a sum of {} columns", w.rows);
         assert_eq!(w.lanes, simd::lanes(self.isa), "packed by another device");
-        let block = if w.format.is_quantised() { BLOCK } else { 1 };
+        let block = w.format.block_len();
         assert!(
             ends.is_sorted()
                 && ends.last() == Some(&w.cols)

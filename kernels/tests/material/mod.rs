@@ -152,22 +152,32 @@ impl Stored {
     }
 }
 
-/// Activations as the quantised kernels see them: bytes with a scale for each 32.
-pub fn rounded(x: &[f32]) -> Vec<f64> {
-    x.chunks(32)
-        .flat_map(|block| {
-            let largest = block.iter().fold(0.0f32, |a, v| a.max(v.abs()));
-            let (d, inverse) = if largest > 1e-35 {
-                (largest / 127.0, 127.0 / largest)
-            } else {
-                (0.0, 0.0)
-            };
-            block
-                .iter()
-                .map(move |v| f64::from((v * inverse).round_ties_even()) * f64::from(d))
-                .collect::<Vec<_>>()
-        })
-        .collect()
+/// Activations as the quantised kernels see them: bytes with a scale for each 32, where a block of weights is longer of four sizes that
+/// double, the largest for the block's largest.
+pub fn rounded(x: &[f32], format: Format) -> Vec<f64> {
+    let largest = |x: &[f32]| x.iter().fold(0.0f32, |a, v| a.max(v.abs()));
+    let group = |x: &[f32]| {
+        let most = largest(x);
+        x.chunks(32)
+            .flat_map(|block| {
+                let size = [8.0, 4.0, 2.0]
+                    .into_iter()
+                    .map(|part| most / part)
+                    .find(|&size| format.block_len() > 32 && largest(block) <= size)
+                    .unwrap_or(most);
+                let (d, inverse) = if size > 1e-35 {
+                    (size / 127.0, 127.0 / size)
+                } else {
+                    (0.0, 0.0)
+                };
+                block
+                    .iter()
+                    .map(move |v| f64::from((v * inverse).round_ties_even()) * f64::from(d))
+                    .collect::<Vec<_>>()
+            })
+            .collect::<Vec<_>>()
+    };
+    x.chunks(format.block_len()).flat_map(group).collect()
 }
 
 /// Panics unless `got` lies within `tolerance` of the exact value, relative to the magnitudes that were summed.

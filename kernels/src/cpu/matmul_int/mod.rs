@@ -21,6 +21,11 @@ use crate::isa::Isa;
 /// Bytes of activations that one pass over the panels should keep in the second-level cache.
 const ROWS_BYTES: usize = 256 << 10;
 
+/// The same where a strip meets all of a pass's rows before the next: weights are unpacked, or come from memory, anew for each pass, and
+/// a row is asked for while the one before is multiplied, so that activations need not stay so near. A fourth of this costs 7 % where
+/// rows are long, eight times as much gains nothing.
+const MANY_ROWS_BYTES: usize = 1 << 20;
+
 /// How far ahead of a pass through a strip its codes are asked for, by measurement: 3 KiB come too late.
 const AHEAD_BYTES: usize = 8 << 10;
 
@@ -43,13 +48,9 @@ fn rows_within(bytes: usize, row_bytes: usize) -> usize {
     (bytes / row_bytes.max(1)).next_multiple_of(8).max(8)
 }
 
-/// Whether so many rows times these matrices are worth strips, on processors that have them: then `x` is biased. Codes of eight bits
-/// are no smaller unpacked, and their products with biased bytes would not fit.
+/// Whether so many rows times these matrices are worth strips, on processors that have them: then `x` is biased.
 pub(crate) fn wants_strips(isa: Isa, w: &[&Matrix], rows: usize) -> bool {
-    let pays = |w: &&Matrix| {
-        !w.format.is_quantised()
-            || code_bytes(w.format) < BLOCK && rows >= strip::fewest_rows(w.format)
-    };
+    let pays = |w: &&Matrix| !w.format.is_quantised() || rows >= strip::fewest_rows(w.format);
     has_strips(isa) && w.iter().all(pays)
 }
 
@@ -110,11 +111,16 @@ impl MultiplyInts<'_> {
 impl MultiplyInts<'_> {
     #[inline(always)]
     unsafe fn run_as<S: Simd, C: Codes>(self) {
-        if S::STRIPS && self.biased {
+        if S::STRIPS && strip::fewest_rows(C::FORMAT) < usize::MAX && self.biased {
             // SAFETY: passed on to the caller.
             return unsafe { self.strips::<S, C>() };
         }
-        let rows_at_once = rows_at_once(self.stride * size_of::<XBlock>());
+        let row_bytes = self.stride * size_of::<XBlock>();
+        let rows_at_once = if strip_rows::<S, C>() == usize::MAX {
+            rows_within(MANY_ROWS_BYTES, row_bytes)
+        } else {
+            rows_at_once(row_bytes)
+        };
         let mut first = 0;
         while first < self.rows {
             let end = (first + rows_at_once).min(self.rows);
@@ -126,7 +132,7 @@ impl MultiplyInts<'_> {
                         continue;
                     }
                     for i in 0..self.w.panels_of(strip) {
-                        self.rows::<S, C, 1>(strip, i, first..end);
+                        self.rows::<S, C, 1>(strip, i, first..end, true);
                     }
                 }
             }
@@ -140,46 +146,49 @@ impl MultiplyInts<'_> {
     unsafe fn whole<S: Simd, C: Codes>(&self, strip: usize, mut rows: std::ops::Range<usize>) {
         // SAFETY: passed on to the caller.
         unsafe {
+            let mut ask = true;
             while !S::WIDE_TILE && code_bytes(C::FORMAT) < BLOCK && rows.len() >= 4 {
-                for i in (0..STRIP).step_by(2) {
-                    self.tile::<S, C, 2, 4>(strip, i, rows.start);
-                }
+                self.tile::<S, C, 2, 4>(strip, 0, rows.start, ask);
+                self.tile::<S, C, 2, 4>(strip, 2, rows.start, false);
                 rows.start += 4;
+                ask = false;
             }
-            self.rows::<S, C, STRIP>(strip, 0, rows);
+            self.rows::<S, C, STRIP>(strip, 0, rows, ask);
         }
     }
 
-    /// Panels `i..i + P` of a strip, times some rows: as few tiles as there are.
+    /// Panels `i..i + P` of a strip, times some rows: as few tiles as there are. The first one may `ask` for what comes next.
     #[inline(always)]
     unsafe fn rows<S: Simd, C: Codes, const P: usize>(
         &self,
         strip: usize,
         i: usize,
         rows: std::ops::Range<usize>,
+        ask: bool,
     ) {
         let (mut r, end) = (rows.start, rows.end);
+        let first = |r: usize| ask && r == rows.start;
         // SAFETY: passed on to the caller.
         unsafe {
             // Whole strips are for fewer rows.
             if S::WIDE_TILE && P == 1 {
                 while end - r >= 8 {
-                    self.tile::<S, C, P, 8>(strip, i, r);
+                    self.tile::<S, C, P, 8>(strip, i, r, first(r));
                     r += 8;
                 }
             }
             if S::TILES {
                 while P == 1 && end - r >= 4 {
-                    self.tile::<S, C, P, 4>(strip, i, r);
+                    self.tile::<S, C, P, 4>(strip, i, r, first(r));
                     r += 4;
                 }
                 while end - r >= 2 {
-                    self.tile::<S, C, P, 2>(strip, i, r);
+                    self.tile::<S, C, P, 2>(strip, i, r, first(r));
                     r += 2;
                 }
             }
             while r < end {
-                self.tile::<S, C, P, 1>(strip, i, r);
+                self.tile::<S, C, P, 1>(strip, i, r, first(r));
                 r += 1;
             }
         }
@@ -192,35 +201,65 @@ impl MultiplyInts<'_> {
         strip: usize,
         i: usize,
         row: usize,
+        ask: bool,
     ) {
         // SAFETY: the caller's rows and strip exist; a strip's codes and scales have the sizes of its format.
         unsafe {
             let x = self.x.add(row * self.stride);
             let start = self.w.strip(strip).as_ptr();
+            let parts = parts(C::FORMAT);
             let mut first = 0;
             let mut totals = [[S::no_grid(); R]; P];
             for end in self.ends.iter().map(|end| end / BLOCK) {
                 let mut sums = [[S::splat(0.0); R]; P];
-                for b in first..end {
-                    let codes: [_; P] =
-                        std::array::from_fn(|p| start.add(codes_at(C::FORMAT, S::LANES, i + p, b)));
-                    if row == 0 && P > 1 && i == 0 && code_bytes(C::FORMAT) < BLOCK {
-                        ask_for::<S, C>(start, b);
-                    }
-                    if row == 0 && P == 1 {
-                        ask_for_next::<S, C>(self.w, codes[0]);
-                    }
-                    let mut scales = [(S::splat(0.0), S::splat(0.0)); P];
-                    let mut factors = [[S::splat_int(0); 2]; P];
-                    for p in 0..P {
-                        let own = start.add(scales_at(C::FORMAT, S::LANES, i + p, b));
-                        scales[p] = C::scales::<S>(own, b % parts(C::FORMAT));
-                        if C::HALVES {
-                            factors[p] = C::factors::<S>(own, b % parts(C::FORMAT));
+                for own in first / parts..end / parts {
+                    let scales: [_; P] = std::array::from_fn(|p| {
+                        start.add(scales_at(C::FORMAT, S::LANES, i + p, own * parts))
+                    });
+                    let mut ints = [[S::splat_int(0); R]; P];
+                    for part in 0..parts {
+                        let b = own * parts + part;
+                        let codes: [_; P] = std::array::from_fn(|p| {
+                            start.add(codes_at(C::FORMAT, S::LANES, i + p, b))
+                        });
+                        if ask && P > 1 && code_bytes(C::FORMAT) < BLOCK {
+                            ask_for::<S, C>(start, b);
+                        }
+                        if ask && P == 1 {
+                            ask_for_next::<S, C>(self.w, codes[0]);
+                        }
+                        let (x, stride) = (x.add(b), self.stride);
+                        let more = dots::<S, C, P, R>(codes, scales, part, x, stride);
+                        for p in 0..P {
+                            for r in 0..R {
+                                ints[p][r] = if parts == 1 {
+                                    more[p][r]
+                                } else {
+                                    let shift = S::splat_int((*x.add(r * stride)).shift as i32);
+                                    S::add_32(ints[p][r], S::shl_by(more[p][r], shift))
+                                };
+                            }
                         }
                     }
-                    let x = x.add(b);
-                    block::<S, C, P, R>(codes, scales, factors, x, self.stride, &mut sums);
+                    let x = x.add(own * parts);
+                    // Apart from the products, or there would not be registers for both.
+                    for part in 0..if C::MIN { parts } else { 0 } {
+                        for p in 0..P {
+                            let min = C::min::<S>(scales[p], part);
+                            for r in 0..R {
+                                let d_sum = S::splat((*x.add(r * self.stride + part)).d_sum);
+                                sums[p][r] = S::fma(d_sum, min, sums[p][r]);
+                            }
+                        }
+                    }
+                    for p in 0..P {
+                        let scale = C::scale::<S>(scales[p]);
+                        for r in 0..R {
+                            let d = S::splat((*x.add(r * self.stride)).d);
+                            let scaled = S::mul(S::int_to_float(ints[p][r]), d);
+                            sums[p][r] = S::fma(scaled, scale, sums[p][r]);
+                        }
+                    }
                 }
                 first = end;
                 for p in 0..P {
@@ -258,33 +297,6 @@ fn ask_for_next<S: Simd, C: Codes>(w: &Matrix, codes: *const u8) {
         S::prefetch_second(
             codes.wrapping_add(w.strip_bytes + v * vector_stride(C::FORMAT, S::LANES)),
         );
-    }
-}
-
-/// Adds 32 columns of `P` panels times `R` rows to `sums`.
-#[inline(always)]
-unsafe fn block<S: Simd, C: Codes, const P: usize, const R: usize>(
-    codes: [*const u8; P],
-    scales: [(S::F, S::F); P],
-    factors: [[S::I; 2]; P],
-    x: *const XBlock,
-    stride: usize,
-    sums: &mut [[S::F; R]; P],
-) {
-    // SAFETY: passed on to the caller.
-    unsafe {
-        let ints = dots::<S, C, P, R>(codes, factors, x, stride);
-        for r in 0..R {
-            let x = &*x.add(r * stride);
-            let (d, d_sum) = (S::splat(x.d), S::splat(x.d_sum));
-            for p in 0..P {
-                let scaled = S::mul(S::int_to_float(ints[p][r]), d);
-                sums[p][r] = S::fma(scaled, scales[p].0, sums[p][r]);
-                if C::MIN {
-                    sums[p][r] = S::fma(d_sum, scales[p].1, sums[p][r]);
-                }
-            }
-        }
     }
 }
 
@@ -371,16 +383,23 @@ unsafe fn begun<S: Simd, C: Codes, const P: usize, const R: usize>(
     }
 }
 
-/// The whole block's integer products, less the codes' zero, and times the `factors` of each sixteen columns where there are any.
+/// The integer products of part `part` of a block, less the codes' zero, and times their factors where there are any.
 #[inline(always)]
 unsafe fn dots<S: Simd, C: Codes, const P: usize, const R: usize>(
     codes: [*const u8; P],
-    factors: [[S::I; 2]; P],
+    scales: [*const u8; P],
+    part: usize,
     x: *const XBlock,
     stride: usize,
 ) -> [[S::I; R]; P] {
     // SAFETY: passed on to the caller.
     unsafe {
+        let mut factors = [[S::splat_int(0); 2]; P];
+        if C::FACTORS > 0 {
+            for p in 0..P {
+                factors[p] = C::factors::<S>(scales[p], part);
+            }
+        }
         let bits = code_bytes(C::FORMAT);
         let mut sums = [[S::splat_int(0); R]; P];
         if bits == 32 {
@@ -396,18 +415,18 @@ unsafe fn dots<S: Simd, C: Codes, const P: usize, const R: usize>(
             return sums;
         }
         // Four times two products of 31 · 127 are the most that 16 bits hold of codes that begin at zero.
-        let apart = C::HALVES || !S::DOT_32 && C::ZERO == 0 && bits == 20;
+        let apart = C::APART || !S::DOT_32 && C::ZERO == 0 && bits == 20;
         if !apart {
             sums = begun::<S, C, P, R>(x, stride, Columns::All);
             add_chunks!(S, C, P, R, dot, sums, codes, x, stride, 0 4 1 5 2 6 3 7);
-            return widened::<S, P, R>(sums);
+            return scaled::<S, C, P, R>(sums, factors, 0);
         }
         sums = begun::<S, C, P, R>(x, stride, Columns::First);
         add_chunks!(S, C, P, R, dot, sums, codes, x, stride, 0 1 2 3);
-        let first = scaled_half::<S, C, P, R>(sums, factors, 0);
+        let first = scaled::<S, C, P, R>(sums, factors, 0);
         sums = begun::<S, C, P, R>(x, stride, Columns::Last);
         add_chunks!(S, C, P, R, dot, sums, codes, x, stride, 4 5 6 7);
-        sums = scaled_half::<S, C, P, R>(sums, factors, 1);
+        sums = scaled::<S, C, P, R>(sums, factors, 1);
         for (sum, &first) in sums.as_flattened_mut().iter_mut().zip(first.as_flattened()) {
             *sum = S::add_32(*sum, first);
         }
@@ -415,35 +434,24 @@ unsafe fn dots<S: Simd, C: Codes, const P: usize, const R: usize>(
     }
 }
 
-/// Sums of sixteen columns as 32 bits, times their factors where the format has any.
+/// Sums as 32 bits, times the factors of one half of the columns where the format has any.
 #[inline(always)]
-unsafe fn scaled_half<S: Simd, C: Codes, const P: usize, const R: usize>(
+unsafe fn scaled<S: Simd, C: Codes, const P: usize, const R: usize>(
     mut sums: [[S::I; R]; P],
     factors: [[S::I; 2]; P],
     half: usize,
 ) -> [[S::I; R]; P] {
-    if !C::HALVES {
-        // SAFETY: passed on to the caller.
-        return unsafe { widened::<S, P, R>(sums) };
-    }
     for (sums, factors) in sums.iter_mut().zip(factors) {
         for sum in sums {
             // SAFETY: passed on to the caller.
-            *sum = unsafe { S::widen_by(*sum, factors[half]) };
+            *sum = unsafe {
+                if C::FACTORS > 0 {
+                    S::widen_by(*sum, factors[half])
+                } else {
+                    S::widen(*sum)
+                }
+            };
         }
-    }
-    sums
-}
-
-/// # Safety
-/// As [`Simd`].
-#[inline(always)]
-unsafe fn widened<S: Simd, const P: usize, const R: usize>(
-    mut sums: [[S::I; R]; P],
-) -> [[S::I; R]; P] {
-    for sum in sums.as_flattened_mut() {
-        // SAFETY: passed on to the caller.
-        *sum = unsafe { S::widen(*sum) };
     }
     sums
 }
@@ -501,21 +509,37 @@ trait Codes {
     const FORMAT: Format;
     /// The code that means zero, where there is no minimum.
     const ZERO: i32 = 0;
-    /// [`scales`](Codes::scales) gives a scale and a minimum.
+    /// Each part has a [minimum](Codes::min).
     const MIN: bool = false;
-    /// Each sixteen columns have an integer [factor](Codes::factors) besides.
-    const HALVES: bool = false;
+    /// Integer [factors](Codes::factors) of each part: one, or one for each sixteen columns.
+    const FACTORS: usize = 0;
+    /// Sixteen columns are summed apart: they have a factor of their own, or codes whose products are too large.
+    const APART: bool = false;
 
-    /// A panel's scales of part `i` of a block.
+    /// A panel's scale of a block.
     ///
     /// # Safety
     /// `own` are a panel's scales of a block of this format.
-    unsafe fn scales<S: Simd>(own: *const u8, i: usize) -> (S::F, S::F);
+    #[inline(always)]
+    unsafe fn scale<S: Simd>(own: *const u8) -> S::F {
+        // SAFETY: passed on to the caller; every format's scales begin with this one.
+        unsafe { S::load_f16(own.cast()) }
+    }
+
+    /// What is added, times the sum of the activations, for part `i` of a block.
+    ///
+    /// # Safety
+    /// As of [`scale`](Codes::scale).
+    #[inline(always)]
+    unsafe fn min<S: Simd>(_own: *const u8, _i: usize) -> S::F {
+        // SAFETY: passed on to the caller.
+        unsafe { S::splat(0.0) }
+    }
 
     /// The factors of both halves of part `i`, where there are any.
     ///
     /// # Safety
-    /// As of [`scales`](Codes::scales).
+    /// As of [`scale`](Codes::scale).
     #[inline(always)]
     unsafe fn factors<S: Simd>(_own: *const u8, _i: usize) -> [S::I; 2] {
         // SAFETY: passed on to the caller.
@@ -530,12 +554,6 @@ macro_rules! plain {
         impl Codes for $name {
             const FORMAT: Format = $format;
             const ZERO: i32 = $zero;
-            #[inline(always)]
-            unsafe fn scales<S: Simd>(own: *const u8, _i: usize) -> (S::F, S::F) {
-                // SAFETY: the trait's contract.
-                let d = unsafe { S::load_f16(own.cast()) };
-                (d, d)
-            }
         }
     };
 }
@@ -551,14 +569,9 @@ macro_rules! with_min {
             const FORMAT: Format = $format;
             const MIN: bool = true;
             #[inline(always)]
-            unsafe fn scales<S: Simd>(own: *const u8, _i: usize) -> (S::F, S::F) {
+            unsafe fn min<S: Simd>(own: *const u8, _i: usize) -> S::F {
                 // SAFETY: the trait's contract.
-                unsafe {
-                    (
-                        S::load_f16(own.cast()),
-                        S::load_f16(own.add(2 * S::LANES).cast()),
-                    )
-                }
+                unsafe { S::load_f16(own.add(2 * S::LANES).cast()) }
             }
         }
     };
@@ -567,41 +580,39 @@ with_min!(Q4_1, Format::Q4_1);
 with_min!(Q5_1, Format::Q5_1);
 
 macro_rules! k_with_min {
-    ($name:ident, $format:expr) => {
+    ($name:ident, $format:expr, $apart:literal) => {
         struct $name;
         impl Codes for $name {
             const FORMAT: Format = $format;
             const MIN: bool = true;
+            const FACTORS: usize = 1;
+            const APART: bool = $apart;
             #[inline(always)]
-            unsafe fn scales<S: Simd>(own: *const u8, i: usize) -> (S::F, S::F) {
+            unsafe fn min<S: Simd>(own: *const u8, i: usize) -> S::F {
                 // SAFETY: the trait's contract.
                 unsafe {
-                    let small = own.add((4 + i) * S::LANES);
-                    let scale = S::mul(S::load_f16(own.cast()), S::load_u8(small));
-                    let min = S::mul(
-                        S::load_f16(own.add(2 * S::LANES).cast()),
-                        S::load_u8(small.add(8 * S::LANES)),
-                    );
-                    (scale, S::sub(S::splat(0.0), min))
+                    let small = S::load_u8(own.add((12 + i) * S::LANES));
+                    let min = S::mul(S::load_f16(own.add(2 * S::LANES).cast()), small);
+                    S::sub(S::splat(0.0), min)
                 }
+            }
+            #[inline(always)]
+            unsafe fn factors<S: Simd>(own: *const u8, i: usize) -> [S::I; 2] {
+                // SAFETY: the trait's contract.
+                unsafe { [S::load_factors(own.add((4 + i) * S::LANES)); 2] }
             }
         }
     };
 }
-k_with_min!(Q4K, Format::Q4_K);
-k_with_min!(Q5K, Format::Q5_K);
+k_with_min!(Q4K, Format::Q4_K, false);
+k_with_min!(Q5K, Format::Q5_K, true);
 
 struct Q6K;
 impl Codes for Q6K {
     const FORMAT: Format = Format::Q6_K;
     const ZERO: i32 = 32;
-    const HALVES: bool = true;
-    #[inline(always)]
-    unsafe fn scales<S: Simd>(own: *const u8, _i: usize) -> (S::F, S::F) {
-        // SAFETY: the trait's contract.
-        let d = unsafe { S::load_f16(own.cast()) };
-        (d, d)
-    }
+    const FACTORS: usize = 2;
+    const APART: bool = true;
     #[inline(always)]
     unsafe fn factors<S: Simd>(own: *const u8, i: usize) -> [S::I; 2] {
         // SAFETY: the trait's contract.

@@ -6,53 +6,60 @@
 //!
 //! The integers are the same as a tile's, and so is the arithmetic after them: a row's result does not tell which way it took.
 
-use super::{Codes, MultiplyInts, ask_for, chunk, rows_within};
+use super::{Codes, MANY_ROWS_BYTES, MultiplyInts, ask_for, chunk, rows_within};
 use crate::cpu::activations::{BIAS, XBlock};
 use crate::cpu::bytes::LINE;
 use crate::cpu::layout::{BLOCK, STRIP, code_bytes, codes_at, parts, scales_at};
 use crate::cpu::simd::Simd;
 use crate::format::Format;
 
-/// Rows from which on unpacking pays, by measurement: sooner where codes take more instructions to unpack.
+/// Rows from which on unpacking pays, by measurement: sooner where codes take more instructions to unpack. The first-level cache gives
+/// two vectors a cycle, of which a strip's pass takes one a product: so Q4_K, which computes least besides, gains nothing by it. Codes of
+/// eight bits are no smaller unpacked, and their products with biased bytes would not fit.
 pub(crate) const fn fewest_rows(format: Format) -> usize {
     match format {
         Format::Q4_1 => 32,
-        Format::Q4_0 | Format::Q4_K => 16,
+        Format::Q4_0 => 16,
+        Format::Q4_K | Format::Q8_0 => usize::MAX,
         _ => 12,
     }
 }
 
-/// Bytes of activations that one pass takes. They need not stay in the second-level cache, since a row is asked for while the one before
-/// is multiplied: a fourth of this costs 7 % where rows are long, as strips are unpacked anew for each pass, eight times as much nothing.
-const ROWS_BYTES: usize = 1 << 20;
-
 /// What the first-level cache holds of a strip's blocks and their extras, beside a row.
-const PIECE_BYTES: usize = 24 << 10;
+const PIECE_BYTES: usize = 20 << 10;
 
-/// Blocks that are unpacked at once: more than sixteen were not tried.
+/// Blocks of 32 columns that are unpacked at once, whole blocks of the format: more than sixteen were not tried.
 const fn piece_blocks<S: Simd, C: Codes>() -> usize {
     let fit = PIECE_BYTES / block_bytes::<S, C>();
-    if fit < 16 { fit } else { 16 }
+    let most = if fit < 16 { fit } else { 16 };
+    most / parts(C::FORMAT) * parts(C::FORMAT)
 }
 
-/// What the unpacked codes have been moved down by. Four bits with a minimum stay as they are: 127 · 15 times sixteen columns fit into
-/// 16 bits.
+/// What the unpacked codes have been moved down by, so that sixteen columns' products fit into 16 bits, or eight columns' where they are
+/// summed [apart](Codes::APART). Four bits with a minimum fit as they are.
 const fn centre<C: Codes>() -> i32 {
     match code_bytes(C::FORMAT) {
-        16 if C::MIN => 0,
-        16 => 8,
-        20 => 16,
-        _ => 32,
+        24 => 32,
+        20 if !C::APART => 16,
+        16 if !C::MIN => 8,
+        _ => 0,
     }
 }
 
-/// Vectors that go with a panel's block besides its codes: scales, and what takes the activations' bias off.
+/// Vectors that go with a panel's block besides its codes: the scale, then what takes the activations' bias off for all columns or each
+/// sixteen, factors, and a minimum.
 const fn extras<C: Codes>() -> usize {
-    match (C::HALVES, C::MIN) {
-        (true, _) => 5,
-        (_, true) => 3,
-        _ => 2,
-    }
+    minimum::<C>() + if C::MIN { 1 } else { 0 }
+}
+
+/// Which of them is the first factor.
+const fn factor<C: Codes>() -> usize {
+    if C::APART { 3 } else { 2 }
+}
+
+/// Which of them is the minimum.
+const fn minimum<C: Codes>() -> usize {
+    factor::<C>() + C::FACTORS
 }
 
 /// Bytes of a block of all panels: chunk by chunk the panels' codes, then panel by panel the extras.
@@ -81,7 +88,7 @@ impl MultiplyInts<'_> {
     /// As [`MultiplyInts`].
     #[inline(always)]
     pub(super) unsafe fn strips<S: Simd, C: Codes>(self) {
-        let rows_at_once = rows_within(ROWS_BYTES, self.stride * size_of::<XBlock>());
+        let rows_at_once = rows_within(MANY_ROWS_BYTES, self.stride * size_of::<XBlock>());
         let most = rows_at_once.min(self.rows);
         let mut room = Room {
             piece: vec![
@@ -183,25 +190,28 @@ unsafe fn unpack<S: Simd, C: Codes>(
                     ($($n:literal)*) => {$(
                         let signed = S::sub_8(chunk::<S, C, $n>(codes), centre);
                         S::store_bytes(to.add(($n * STRIP + i) * vector), signed);
-                        let half = if C::HALVES { $n / 4 } else { 0 };
+                        let half = if C::APART { $n / 4 } else { 0 };
                         biases[half] = S::dot(biases[half], S::splat_byte(BIAS), signed);
                     )*};
                 }
                 each!(0 1 2 3 4 5 6 7);
-                let biases = biases.map(|bias| S::sub_16(zero, bias));
-                let extra = to.add((8 * STRIP + i * extras::<C>()) * vector);
-                let own = strip.add(scales_at(C::FORMAT, S::LANES, i, b));
-                let (scale, min) = C::scales::<S>(own, b % parts(C::FORMAT));
-                S::store(extra.cast(), scale);
-                S::store_bytes(extra.add(vector), biases[0]);
-                if C::MIN {
-                    S::store(extra.add(2 * vector).cast(), min);
+                let extra = |which: usize| to.add((8 * STRIP + i * extras::<C>() + which) * vector);
+                let (own, part) = (
+                    strip.add(scales_at(C::FORMAT, S::LANES, i, b)),
+                    b % parts(C::FORMAT),
+                );
+                S::store(extra(0).cast(), C::scale::<S>(own));
+                S::store_bytes(extra(1), S::sub_16(zero, biases[0]));
+                if C::APART {
+                    S::store_bytes(extra(2), S::sub_16(zero, biases[1]));
                 }
-                if C::HALVES {
-                    let factors = C::factors::<S>(own, b % parts(C::FORMAT));
-                    S::store_bytes(extra.add(2 * vector), factors[0]);
-                    S::store_bytes(extra.add(3 * vector), biases[1]);
-                    S::store_bytes(extra.add(4 * vector), factors[1]);
+                let factors = C::factors::<S>(own, part);
+                for (which, &factors) in factors.iter().enumerate().take(C::FACTORS) {
+                    S::store_bytes(extra(factor::<C>() + which), factors);
+                }
+                if C::MIN {
+                    let min = C::min::<S>(own, part);
+                    S::store(extra(minimum::<C>()).cast(), min);
                 }
             }
         }
@@ -223,65 +233,91 @@ unsafe fn row<S: Simd, C: Codes>(
     let vector = 4 * S::LANES;
     // SAFETY: by the contract.
     unsafe {
-        for b in 0..blocks {
-            let codes = piece.add(b * block_bytes::<S, C>());
-            // The next row's, which a farther cache has.
-            S::prefetch(x.wrapping_add(b + stride).cast());
-            let x = &*x.add(b);
-            let d = S::splat(x.d);
-            let extra = |i: usize, which: usize| {
-                codes.add((8 * STRIP + i * extras::<C>() + which) * vector)
-            };
-            // Sums of 16 bits begin with what takes the activations' bias off, and may wrap on their way: at the end they are those of
-            // signed activations, of which 127 times 8, 15 or 16 times sixteen columns, or 127 · 32 times eight, fit.
-            macro_rules! dots {
-                ($bias:literal: $($n:literal)*) => {{
-                    let mut dots = [S::splat_int(0); STRIP];
-                    for i in 0..STRIP {
-                        dots[i] = S::load_bytes(extra(i, $bias));
-                    }
-                    $(
-                        let spread = S::splat_int(x.q[$n] as i32);
-                        for i in 0..STRIP {
-                            let w = S::load_bytes(codes.add(($n * STRIP + i) * vector));
-                            dots[i] = S::in_order(S::dot(dots[i], spread, w));
-                        }
-                    )*
-                    dots
-                }};
-            }
+        let parts = parts(C::FORMAT);
+        for own in (0..blocks).step_by(parts) {
             let mut ints = [S::splat_int(0); STRIP];
-            if C::HALVES {
-                let dots = dots!(1: 0 1 2 3);
-                for i in 0..STRIP {
-                    ints[i] = S::widen_by(dots[i], S::load_bytes(extra(i, 2)));
+            for b in own..own + parts {
+                let codes = piece.add(b * block_bytes::<S, C>());
+                // The next row's, which a farther cache has.
+                S::prefetch(x.wrapping_add(b + stride).cast());
+                let x = &*x.add(b);
+                let extra = |i: usize, which: usize| {
+                    codes.add((8 * STRIP + i * extras::<C>() + which) * vector)
+                };
+                // Sums of 16 bits begin with what takes the activations' bias off, and may wrap on their way: at the end they are those
+                // of signed activations, of which 127 times 8, 15 or 16 times sixteen columns, or 127 times 31 or 32 times eight, fit.
+                macro_rules! dots {
+                    ($bias:literal: $($n:literal)*) => {{
+                        let mut dots = [S::splat_int(0); STRIP];
+                        for i in 0..STRIP {
+                            dots[i] = S::load_bytes(extra(i, $bias));
+                        }
+                        $(
+                            let spread = S::splat_int(x.q[$n] as i32);
+                            for i in 0..STRIP {
+                                let w = S::load_bytes(codes.add(($n * STRIP + i) * vector));
+                                dots[i] = S::in_order(S::dot(dots[i], spread, w));
+                            }
+                        )*
+                        dots
+                    }};
                 }
-                let dots = dots!(3: 4 5 6 7);
-                for i in 0..STRIP {
-                    let last = S::widen_by(dots[i], S::load_bytes(extra(i, 4)));
-                    ints[i] = S::add_32(ints[i], last);
+                macro_rules! widened {
+                    ($dots:expr, $which:literal) => {{
+                        let mut dots = $dots;
+                        for i in 0..STRIP {
+                            dots[i] = if C::FACTORS > 0 {
+                                let which = factor::<C>() + if C::FACTORS > 1 { $which } else { 0 };
+                                S::widen_by(dots[i], S::load_bytes(extra(i, which)))
+                            } else {
+                                S::widen(dots[i])
+                            };
+                        }
+                        dots
+                    }};
                 }
-            } else {
-                let dots = dots!(1: 0 1 2 3 4 5 6 7);
-                for i in 0..STRIP {
-                    ints[i] = S::widen(dots[i]);
+                let mut more;
+                if C::APART {
+                    more = widened!(dots!(1: 0 1 2 3), 0);
+                    let last = widened!(dots!(2: 4 5 6 7), 1);
+                    for i in 0..STRIP {
+                        more[i] = S::add_32(more[i], last[i]);
+                    }
+                } else {
+                    more = widened!(dots!(1: 0 1 2 3 4 5 6 7), 0);
                 }
-            }
-            // What our codes are lower by than the format's.
-            let below = centre::<C>() - C::ZERO;
-            let below_sum = S::splat_int(-x.negative_sum() * below);
-            for i in 0..STRIP {
+                let shift = S::splat_int(x.shift as i32);
+                for i in 0..STRIP {
+                    ints[i] = if parts == 1 {
+                        more[i]
+                    } else {
+                        S::add_32(ints[i], S::shl_by(more[i], shift))
+                    };
+                }
+                // What our codes are lower by than the format's.
+                let below = centre::<C>() - C::ZERO;
                 if below != 0 {
-                    ints[i] = S::add_32(ints[i], below_sum);
+                    let below = S::splat_int(-x.negative_sum() * below);
+                    for i in 0..STRIP {
+                        ints[i] = S::add_32(ints[i], below);
+                    }
                 }
-                let scaled = S::mul(S::int_to_float(ints[i]), d);
-                sums[i] = S::fma(scaled, S::load(extra(i, 0).cast()), sums[i]);
             }
-            if C::MIN {
-                let d_sum = S::splat(x.d_sum);
+            // Apart from the products, or there would not be registers for both.
+            for b in own..own + if C::MIN { parts } else { 0 } {
+                let d_sum = S::splat((*x.add(b)).d_sum);
                 for i in 0..STRIP {
-                    sums[i] = S::fma(d_sum, S::load(extra(i, 2).cast()), sums[i]);
+                    let which = 8 * STRIP + i * extras::<C>() + minimum::<C>();
+                    let min = piece.add(b * block_bytes::<S, C>() + which * vector);
+                    sums[i] = S::fma(d_sum, S::load(min.cast()), sums[i]);
                 }
+            }
+            let d = S::splat((*x.add(own)).d);
+            for i in 0..STRIP {
+                let scale = piece
+                    .add(own * block_bytes::<S, C>() + (8 * STRIP + i * extras::<C>()) * vector);
+                let scaled = S::mul(S::int_to_float(ints[i]), d);
+                sums[i] = S::fma(scaled, S::load(scale.cast()), sums[i]);
             }
         }
     }

@@ -226,6 +226,10 @@ impl Simd for Avx2 {
         unsafe { _mm256_add_epi32(a, b) }
     }
     #[inline(always)]
+    unsafe fn shl_by(a: __m256i, by: __m256i) -> __m256i {
+        unsafe { _mm256_sllv_epi32(a, by) }
+    }
+    #[inline(always)]
     unsafe fn int_to_float(a: __m256i) -> __m256 {
         unsafe { _mm256_cvtepi32_ps(a) }
     }

@@ -223,6 +223,10 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         unsafe { _mm512_add_epi32(a, b) }
     }
     #[inline(always)]
+    unsafe fn shl_by(a: __m512i, by: __m512i) -> __m512i {
+        unsafe { _mm512_sllv_epi32(a, by) }
+    }
+    #[inline(always)]
     unsafe fn int_to_float(a: __m512i) -> __m512 {
         unsafe { _mm512_cvtepi32_ps(a) }
     }

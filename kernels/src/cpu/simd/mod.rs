@@ -155,6 +155,8 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn shr_16<const N: i32>(a: Self::I) -> Self::I;
     unsafe fn shl_32<const N: i32>(a: Self::I) -> Self::I;
     unsafe fn add_32(a: Self::I, b: Self::I) -> Self::I;
+    /// Shifts each 32 bits left by those of `by`, less than 32.
+    unsafe fn shl_by(a: Self::I, by: Self::I) -> Self::I;
     unsafe fn int_to_float(a: Self::I) -> Self::F;
     /// Adds to each lane's sum the four products of unsigned bytes `w` and signed bytes `x`; see [`DOT_32`](Simd::DOT_32).
     unsafe fn dot(sum: Self::I, w: Self::I, x: Self::I) -> Self::I;

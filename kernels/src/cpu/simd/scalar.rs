@@ -214,6 +214,10 @@ impl Simd for Scalar {
         std::array::from_fn(|i| a[i] + b[i])
     }
     #[inline(always)]
+    unsafe fn shl_by(a: I, by: I) -> I {
+        std::array::from_fn(|i| a[i] << by[i])
+    }
+    #[inline(always)]
     unsafe fn int_to_float(a: I) -> F {
         a.map(|x| x as f32)
     }
