@@ -13,8 +13,8 @@ pub(crate) struct XBlock {
     pub d: f32,
     /// At most [`MOST_SHIFT`]; zero where a block has a scale of its own.
     pub shift: u32,
-    /// `d * 2^shift * Σ q`.
-    pub d_sum: f32,
+    /// [`d_sum`](XBlock::d_sum), or [`two_sums`](XBlock::two_sums).
+    sum: u32,
     /// `-Σ q`, apart for even and odd pairs of columns: as products are summed where they are summed in 16 bits.
     pub negative: [i16; 2],
     /// The same of the first sixteen.
@@ -22,6 +22,18 @@ pub(crate) struct XBlock {
 }
 
 impl XBlock {
+    /// `d * Σ q`, where the block has a scale of its own.
+    #[inline(always)]
+    pub fn d_sum(&self) -> f32 {
+        f32::from_bits(self.sum)
+    }
+
+    /// `2^shift * Σ q` of this block and the next as 16 bits each, in every other block of those that share a scale.
+    #[inline(always)]
+    pub fn two_sums(&self) -> i32 {
+        self.sum as i32
+    }
+
     /// Of the last sixteen.
     #[inline(always)]
     pub fn negative_last(&self) -> [i16; 2] {
@@ -73,6 +85,7 @@ impl Job for Quantise {
                 if self.group > 1 {
                     unit /= (1 << MOST_SHIFT) as f32;
                 }
+                let mut sums = 0;
                 for b in first..first + self.group {
                     let x = self.x.add(b * BLOCK);
                     let (mut range, mut shift) = (unit, 0);
@@ -87,6 +100,14 @@ impl Job for Quantise {
                     block.shift = shift;
                     if self.biased {
                         block.q = block.q.map(|four| four ^ FOUR_BIASES);
+                    }
+                    if self.group > 1 {
+                        // At most 32 · 127 · 8.
+                        let sum = -block.negative_sum() << shift;
+                        sums = sums >> 16 | (sum as u32) << 16;
+                        if b % 2 == 1 {
+                            (*self.out.add(b - 1)).sum = sums;
+                        }
                     }
                     self.out.add(b).write(block);
                 }
@@ -130,12 +151,12 @@ unsafe fn quantise<S: Simd>(x: *const f32, largest: f32) -> XBlock {
             q: [0; BLOCK / 4],
             d: 0.0,
             shift: 0,
-            d_sum: 0.0,
+            sum: 0,
             negative: [0; 2],
             negative_first: [0; 2],
         };
         if largest.is_nan() {
-            block.d_sum = f32::NAN;
+            block.sum = f32::NAN.to_bits();
         } else if largest > SMALLEST {
             let inverse = S::splat(127.0 / largest);
             for i in (0..BLOCK).step_by(S::LANES) {
@@ -149,7 +170,7 @@ unsafe fn quantise<S: Simd>(x: *const f32, largest: f32) -> XBlock {
             let (first, last) = (first.iter().sum::<u32>(), last.iter().sum::<u32>());
             block.negative_first = less_biases(first, 16);
             block.negative = less_biases(first + last, 32);
-            block.d_sum = largest / 127.0 * -block.negative_sum() as f32;
+            block.sum = (largest / 127.0 * -block.negative_sum() as f32).to_bits();
         }
         block
     }

@@ -261,8 +261,9 @@ impl Lane {
             Format::Q5_0 => (first, 0.0, 16),
             Format::Q4_1 | Format::Q5_1 => (first, second(), 0),
             Format::Q4_K | Format::Q5_K => {
-                let byte = |at: usize| f32::from(scales[4 * lanes + at * lanes + lane]);
-                (first * byte(i), -(second() * byte(8 + i)), 0)
+                let byte = |at: usize| f32::from(scales[4 * lanes + at]);
+                let min = second() * byte(k_min_at(i, lane, lanes));
+                (first * byte(i * lanes + lane), -min, 0)
             }
             Format::Q6_K => {
                 for (k, (y, &q)) in y.iter_mut().zip(q).enumerate() {
@@ -288,6 +289,11 @@ struct SendPtr(*mut u8);
 // SAFETY: used for disjoint parts only, see where it is made.
 unsafe impl Sync for SendPtr {}
 
+/// Where among the small scales of K-quants the minimum of part `i` is: a lane has those of two parts side by side.
+const fn k_min_at(i: usize, lane: usize, lanes: usize) -> usize {
+    (8 + i / 2 * 2) * lanes + 2 * lane + i % 2
+}
+
 fn pack_scales(format: Format, block: &[u8], out: &mut [u8], lane: usize, lanes: usize) {
     let mut halves = |from: usize, count: usize| {
         for h in 0..count {
@@ -302,7 +308,7 @@ fn pack_scales(format: Format, block: &[u8], out: &mut [u8], lane: usize, lanes:
             for j in 0..8 {
                 let (sc, m) = k_scale_min(j, &block[4..16]);
                 out[4 * lanes + j * lanes + lane] = sc;
-                out[4 * lanes + (8 + j) * lanes + lane] = m;
+                out[4 * lanes + k_min_at(j, lane, lanes)] = m;
             }
         }
         Format::Q6_K => {

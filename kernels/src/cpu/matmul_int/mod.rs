@@ -4,9 +4,12 @@
 //! Each lane adds its blocks in order of the columns, whatever the tile, so a row's result is the same in any company.
 #![allow(clippy::needless_range_loop)] // rows index several arrays at once, and unroll as written
 
+mod codes;
 mod strip;
 
 use std::marker::PhantomData;
+
+use codes::{Codes, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, chunk};
 
 use super::activations::{XBlock, total};
 use super::bytes::LINE;
@@ -242,14 +245,25 @@ impl MultiplyInts<'_> {
                         }
                     }
                     let x = x.add(own * parts);
-                    // Apart from the products, or there would not be registers for both.
-                    for part in 0..if C::MIN { parts } else { 0 } {
-                        for p in 0..P {
-                            let min = C::min::<S>(scales[p], part);
+                    for p in 0..if C::MIN { P } else { 0 } {
+                        let min = C::min::<S>(scales[p]);
+                        // Apart from the products, or there would not be registers for both.
+                        let mut ints = [S::splat_int(0); R];
+                        for two in 0..parts / 2 {
+                            let mins = C::mins::<S>(scales[p], two);
                             for r in 0..R {
-                                let d_sum = S::splat((*x.add(r * self.stride + part)).d_sum);
-                                sums[p][r] = S::fma(d_sum, min, sums[p][r]);
+                                let x = &*x.add(r * self.stride + 2 * two);
+                                ints[r] = S::dot_16(ints[r], mins, S::splat_int(x.two_sums()));
                             }
+                        }
+                        for r in 0..R {
+                            let x = &*x.add(r * self.stride);
+                            let d_sum = if parts > 1 {
+                                S::mul(S::int_to_float(ints[r]), S::splat(x.d))
+                            } else {
+                                S::splat(x.d_sum())
+                            };
+                            sums[p][r] = S::fma(d_sum, min, sums[p][r]);
                         }
                     }
                     for p in 0..P {
@@ -454,171 +468,4 @@ unsafe fn scaled<S: Simd, C: Codes, const P: usize, const R: usize>(
         }
     }
     sums
-}
-
-/// Chunk `N` of a packed block: four codes a lane, a byte each.
-#[inline(always)]
-unsafe fn chunk<S: Simd, C: Codes, const N: usize>(codes: *const u8) -> S::I {
-    // SAFETY: the vectors lie within the block by its format's size.
-    unsafe {
-        let stride = vector_stride(C::FORMAT, S::LANES);
-        let bits = code_bytes(C::FORMAT);
-        if bits == 32 {
-            return S::load_bytes(codes.add(N * stride));
-        }
-        if bits == 24 {
-            let half = codes.add(N / 4 * 3 * stride);
-            if N % 4 < 3 {
-                let six = S::load_bytes(half.add(N % 4 * stride));
-                return S::and(six, S::splat_byte(0x3f));
-            }
-            let mut six = S::splat_int(0);
-            for j in 0..3 {
-                let two = S::load_bytes(half.add(j * stride));
-                six = S::shr_16::<2>(S::or(six, S::and(two, S::splat_byte(0xc0))));
-            }
-            return six;
-        }
-        let nibbles = S::load_bytes(codes.add(N % 4 * stride));
-        let nibbles = if N < 4 {
-            nibbles
-        } else {
-            S::shr_16::<4>(nibbles)
-        };
-        let low = S::and(nibbles, S::splat_byte(15));
-        if bits == 16 {
-            return low;
-        }
-        let fifth = S::load_bytes(codes.add(4 * stride));
-        let fifth = match N {
-            0 => S::shl_16::<4>(fifth),
-            1 => S::shl_16::<3>(fifth),
-            2 => S::shl_16::<2>(fifth),
-            3 => S::shl_16::<1>(fifth),
-            5 => S::shr_16::<1>(fifth),
-            6 => S::shr_16::<2>(fifth),
-            7 => S::shr_16::<3>(fifth),
-            _ => fifth,
-        };
-        S::or(low, S::and(fifth, S::splat_byte(0x10)))
-    }
-}
-
-/// What a kernel has to know about a format.
-trait Codes {
-    const FORMAT: Format;
-    /// The code that means zero, where there is no minimum.
-    const ZERO: i32 = 0;
-    /// Each part has a [minimum](Codes::min).
-    const MIN: bool = false;
-    /// Integer [factors](Codes::factors) of each part: one, or one for each sixteen columns.
-    const FACTORS: usize = 0;
-    /// Sixteen columns are summed apart: they have a factor of their own, or codes whose products are too large.
-    const APART: bool = false;
-
-    /// A panel's scale of a block.
-    ///
-    /// # Safety
-    /// `own` are a panel's scales of a block of this format.
-    #[inline(always)]
-    unsafe fn scale<S: Simd>(own: *const u8) -> S::F {
-        // SAFETY: passed on to the caller; every format's scales begin with this one.
-        unsafe { S::load_f16(own.cast()) }
-    }
-
-    /// What is added, times the sum of the activations, for part `i` of a block.
-    ///
-    /// # Safety
-    /// As of [`scale`](Codes::scale).
-    #[inline(always)]
-    unsafe fn min<S: Simd>(_own: *const u8, _i: usize) -> S::F {
-        // SAFETY: passed on to the caller.
-        unsafe { S::splat(0.0) }
-    }
-
-    /// The factors of both halves of part `i`, where there are any.
-    ///
-    /// # Safety
-    /// As of [`scale`](Codes::scale).
-    #[inline(always)]
-    unsafe fn factors<S: Simd>(_own: *const u8, _i: usize) -> [S::I; 2] {
-        // SAFETY: passed on to the caller.
-        unsafe { [S::splat_int(0); 2] }
-    }
-}
-
-macro_rules! plain {
-    ($name:ident, $format:expr, $zero:literal) => {
-        #[allow(non_camel_case_types)]
-        struct $name;
-        impl Codes for $name {
-            const FORMAT: Format = $format;
-            const ZERO: i32 = $zero;
-        }
-    };
-}
-plain!(Q8_0, Format::Q8_0, 0);
-plain!(Q4_0, Format::Q4_0, 8);
-plain!(Q5_0, Format::Q5_0, 16);
-
-macro_rules! with_min {
-    ($name:ident, $format:expr) => {
-        #[allow(non_camel_case_types)]
-        struct $name;
-        impl Codes for $name {
-            const FORMAT: Format = $format;
-            const MIN: bool = true;
-            #[inline(always)]
-            unsafe fn min<S: Simd>(own: *const u8, _i: usize) -> S::F {
-                // SAFETY: the trait's contract.
-                unsafe { S::load_f16(own.add(2 * S::LANES).cast()) }
-            }
-        }
-    };
-}
-with_min!(Q4_1, Format::Q4_1);
-with_min!(Q5_1, Format::Q5_1);
-
-macro_rules! k_with_min {
-    ($name:ident, $format:expr, $apart:literal) => {
-        struct $name;
-        impl Codes for $name {
-            const FORMAT: Format = $format;
-            const MIN: bool = true;
-            const FACTORS: usize = 1;
-            const APART: bool = $apart;
-            #[inline(always)]
-            unsafe fn min<S: Simd>(own: *const u8, i: usize) -> S::F {
-                // SAFETY: the trait's contract.
-                unsafe {
-                    let small = S::load_u8(own.add((12 + i) * S::LANES));
-                    let min = S::mul(S::load_f16(own.add(2 * S::LANES).cast()), small);
-                    S::sub(S::splat(0.0), min)
-                }
-            }
-            #[inline(always)]
-            unsafe fn factors<S: Simd>(own: *const u8, i: usize) -> [S::I; 2] {
-                // SAFETY: the trait's contract.
-                unsafe { [S::load_factors(own.add((4 + i) * S::LANES)); 2] }
-            }
-        }
-    };
-}
-k_with_min!(Q4K, Format::Q4_K, false);
-k_with_min!(Q5K, Format::Q5_K, true);
-
-struct Q6K;
-impl Codes for Q6K {
-    const FORMAT: Format = Format::Q6_K;
-    const ZERO: i32 = 32;
-    const FACTORS: usize = 2;
-    const APART: bool = true;
-    #[inline(always)]
-    unsafe fn factors<S: Simd>(own: *const u8, i: usize) -> [S::I; 2] {
-        // SAFETY: the trait's contract.
-        unsafe {
-            let small = own.add((2 + 2 * i) * S::LANES);
-            [S::load_factors(small), S::load_factors(small.add(S::LANES))]
-        }
-    }
 }

@@ -31,6 +31,18 @@ unsafe fn opaque(mut v: __m256i) -> __m256i {
     v
 }
 
+/// Byte `i` of eight to the upper bytes of lane `i`, zeros to the lower ones.
+const UPPER: [u8; 32] = {
+    let mut from = [0x80; 32];
+    let mut i = 0;
+    while i < 8 {
+        from[4 * i + 1] = i as u8;
+        from[4 * i + 3] = i as u8;
+        i += 1;
+    }
+    from
+};
+
 const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 
 // SAFETY of every block below: the trait's contract gives the instructions and valid pointers.
@@ -72,10 +84,6 @@ impl Simd for Avx2 {
             let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
         }
-    }
-    #[inline(always)]
-    unsafe fn load_u8(p: *const u8) -> __m256 {
-        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast()))) }
     }
     #[inline(always)]
     unsafe fn load_i8(p: *const u8) -> __m256 {
@@ -190,8 +198,8 @@ impl Simd for Avx2 {
         unsafe { _mm256_sub_epi16(a, b) }
     }
     #[inline(always)]
-    unsafe fn sub_8(a: __m256i, b: __m256i) -> __m256i {
-        unsafe { _mm256_sub_epi8(a, b) }
+    unsafe fn add_8(a: __m256i, b: __m256i) -> __m256i {
+        unsafe { _mm256_add_epi8(a, b) }
     }
     #[inline(always)]
     unsafe fn splat_byte(x: u8) -> __m256i {
@@ -243,15 +251,24 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn load_factors(p: *const u8) -> __m256i {
-        // Both halves of a lane get it.
+        // Into the upper bytes of both halves of a lane, from where a shift spreads the sign.
         unsafe {
-            let wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()));
-            _mm256_blend_epi16::<0xaa>(wide, _mm256_slli_epi32::<16>(wide))
+            let eight = _mm256_set1_epi64x(p.cast::<i64>().read_unaligned());
+            let upper = _mm256_shuffle_epi8(eight, _mm256_loadu_si256(UPPER.as_ptr().cast()));
+            _mm256_srai_epi16::<8>(upper)
         }
     }
     #[inline(always)]
     unsafe fn widen_by(sum: __m256i, factors: __m256i) -> __m256i {
         unsafe { _mm256_madd_epi16(sum, factors) }
+    }
+    #[inline(always)]
+    unsafe fn load_pairs(p: *const u8) -> __m256i {
+        unsafe { _mm256_cvtepu8_epi16(_mm_loadu_si128(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn dot_16(sum: __m256i, a: __m256i, b: __m256i) -> __m256i {
+        unsafe { _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)) }
     }
     #[inline(always)]
     unsafe fn in_order(sum: __m256i) -> __m256i {

@@ -69,10 +69,6 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         }
     }
     #[inline(always)]
-    unsafe fn load_u8(p: *const u8) -> __m512 {
-        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()))) }
-    }
-    #[inline(always)]
     unsafe fn load_i8(p: *const u8) -> __m512 {
         unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) }
     }
@@ -186,8 +182,8 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         unsafe { _mm512_sub_epi16(a, b) }
     }
     #[inline(always)]
-    unsafe fn sub_8(a: __m512i, b: __m512i) -> __m512i {
-        unsafe { _mm512_sub_epi8(a, b) }
+    unsafe fn add_8(a: __m512i, b: __m512i) -> __m512i {
+        unsafe { _mm512_add_epi8(a, b) }
     }
     #[inline(always)]
     unsafe fn splat_byte(x: u8) -> __m512i {
@@ -270,6 +266,20 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
                 _mm512_mullo_epi32(sum, factors)
             } else {
                 _mm512_madd_epi16(sum, factors)
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_pairs(p: *const u8) -> __m512i {
+        unsafe { _mm512_cvtepu8_epi16(_mm256_loadu_si256(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn dot_16(sum: __m512i, a: __m512i, b: __m512i) -> __m512i {
+        unsafe {
+            if VNNI {
+                _mm512_dpwssd_epi32(sum, a, b)
+            } else {
+                _mm512_add_epi32(sum, _mm512_madd_epi16(a, b))
             }
         }
     }

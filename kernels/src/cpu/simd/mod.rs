@@ -108,7 +108,6 @@ pub(crate) trait Simd: Copy + 'static {
     /// Rounds to the nearest f16, ties to even.
     unsafe fn store_f16(p: *mut u16, v: Self::F);
     unsafe fn load_bf16(p: *const u16) -> Self::F;
-    unsafe fn load_u8(p: *const u8) -> Self::F;
     unsafe fn load_i8(p: *const u8) -> Self::F;
     /// Rounds to the nearest integer and stores one byte a lane; values lie in [-128, 127].
     unsafe fn store_i8(p: *mut i8, v: Self::F);
@@ -144,7 +143,7 @@ pub(crate) trait Simd: Copy + 'static {
     /// Each 16 bits, wrapping.
     unsafe fn sub_16(a: Self::I, b: Self::I) -> Self::I;
     /// Each byte, wrapping.
-    unsafe fn sub_8(a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn add_8(a: Self::I, b: Self::I) -> Self::I;
     unsafe fn splat_byte(x: u8) -> Self::I;
     unsafe fn splat_int(x: i32) -> Self::I;
     unsafe fn and(a: Self::I, b: Self::I) -> Self::I;
@@ -166,6 +165,10 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn load_factors(p: *const u8) -> Self::I;
     /// A sum of [`dot`](Simd::dot)s times a factor of [`load_factors`](Simd::load_factors), as 32 bits a lane.
     unsafe fn widen_by(sum: Self::I, factors: Self::I) -> Self::I;
+    /// Two unsigned bytes a lane, 16 bits each.
+    unsafe fn load_pairs(p: *const u8) -> Self::I;
+    /// Adds to each lane's 32 bits the two products of signed 16 bits.
+    unsafe fn dot_16(sum: Self::I, a: Self::I, b: Self::I) -> Self::I;
     /// `sum`, but the compiler may not look behind it: so it stays in the order as written, and keeps few registers busy.
     #[inline(always)]
     unsafe fn in_order(sum: Self::I) -> Self::I {

@@ -76,11 +76,6 @@ impl Simd for Scalar {
         unsafe { read(p) }.map(|x| bf16::from_bits(x).to_f32())
     }
     #[inline(always)]
-    unsafe fn load_u8(p: *const u8) -> F {
-        // SAFETY: the trait's contract.
-        unsafe { read(p) }.map(f32::from)
-    }
-    #[inline(always)]
     unsafe fn load_i8(p: *const u8) -> F {
         // SAFETY: the trait's contract.
         unsafe { read(p) }.map(|x| f32::from(x as i8))
@@ -175,10 +170,10 @@ impl Simd for Scalar {
         })
     }
     #[inline(always)]
-    unsafe fn sub_8(a: I, b: I) -> I {
+    unsafe fn add_8(a: I, b: I) -> I {
         std::array::from_fn(|i| {
             let (a, b) = (a[i].to_ne_bytes(), b[i].to_ne_bytes());
-            i32::from_ne_bytes(std::array::from_fn(|j| a[j].wrapping_sub(b[j])))
+            i32::from_ne_bytes(std::array::from_fn(|j| a[j].wrapping_add(b[j])))
         })
     }
     #[inline(always)]
@@ -242,6 +237,17 @@ impl Simd for Scalar {
     #[inline(always)]
     unsafe fn widen_by(sum: I, factors: I) -> I {
         std::array::from_fn(|i| sum[i] * factors[i])
+    }
+    #[inline(always)]
+    unsafe fn load_pairs(p: *const u8) -> I {
+        // SAFETY: the trait's contract.
+        unsafe { read(p.cast::<[u8; 2]>()) }
+            .map(|[low, high]| i32::from(low) | i32::from(high) << 16)
+    }
+    #[inline(always)]
+    unsafe fn dot_16(sum: I, a: I, b: I) -> I {
+        let low = |x: i32| i32::from(x as i16);
+        std::array::from_fn(|i| sum[i] + low(a[i]) * low(b[i]) + low(a[i] >> 16) * low(b[i] >> 16))
     }
     #[inline(always)]
     unsafe fn dot_signed(sum: I, w: I, x: I) -> I {
